@@ -1,7 +1,7 @@
-"""Plumbing that the five scripts share: arguments and presets, devices and seeds, the run folder, image data, figures.
+"""Plumbing that the five scripts share: arguments, seeds, the run folder, image data, figures.
 
-No document is about anything in here: no model, loss, metric, sampler, schedule or training loop. To take one script
-away, copy it together with this file.
+No document is about anything in here: no model, loss, metric, sampler, schedule or training loop.
+To take one script away, copy it together with this file.
 """
 import argparse
 import contextlib
@@ -20,10 +20,11 @@ import time
 import torch
 from matplotlib.figure import Figure
 
-COLOURS = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#F0E442"]  # Okabe-Ito
-GLYPH_FONTS = ["DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSansMono", "DejaVuSansMono-Bold",
-               "DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSerif-Italic", "STIXGeneral", "STIXGeneralBol",
-               "STIXGeneralItalic", "cmr10", "cmb10", "cmss10", "cmtt10", "cmti10"]
+COLOURS = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000",
+           "#888888"]  # Okabe and Ito's, told apart by colour-blind readers; grey for the yellow
+GLYPH_FONTS = """DejaVuSans DejaVuSans-Bold DejaVuSans-Oblique DejaVuSansMono DejaVuSansMono-Bold
+    DejaVuSerif DejaVuSerif-Bold DejaVuSerif-Italic STIXGeneral STIXGeneralBol STIXGeneralItalic
+    cmr10 cmb10 cmss10 cmtt10 cmti10""".split()
 
 
 def note(message):
@@ -32,12 +33,12 @@ def note(message):
 
 
 def die(message, status=2):
-    """End the program with one line on stderr. Status 2: bad input or folder; 1: the computation itself failed."""
+    """End the program with one line on stderr; status 2: bad input, 1: the computation failed."""
     note(f"error: {message}")
     raise SystemExit(status)
 
 
-# --- arguments -------------------------------------------------------------------------------------------------------
+# --- arguments -----------------------------------------------------------------------------------
 
 def number(kind, low, high=math.inf):
     """An argparse type: an `int` or a finite `float` between low and high, both included."""
@@ -52,38 +53,46 @@ def number(kind, low, high=math.inf):
 
 
 def device(name):
-    """An argparse type: 'auto' is CUDA where there is one, else the CPU; MPS is taken when named."""
+    """An argparse type: 'auto' is CUDA where there is one, else the CPU; MPS only by name."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not there.get(name):
-        usable = ", ".join(["auto"] + [key for key in there if there[key]])
-        raise argparse.ArgumentTypeError(f"{name!r} is not available here (usable: {usable})")
+    usable = {"cpu": True, "cuda": torch.cuda.is_available(),
+              "mps": torch.backends.mps.is_available()}
+    if not usable.get(name):
+        choice = ", ".join(["auto"] + [key for key in usable if usable[key]])
+        raise argparse.ArgumentTypeError(f"{name!r} is not available here (usable: {choice})")
     return name
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse with presets: `--preset` sets the defaults that `--help` shows, a flag that is given wins.
+class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Help with the docstring as it stands and the default of every flag that has one."""
 
-    presets: {"smoke": {flag: value, ...}, "quick": ..., "paper": ...}, keys being the flags' names. Errors are one
-    line and exit status 2.
+    def _get_help_string(self, action):
+        plain = action.default in (None, False)
+        return action.help if plain else super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose defaults come from `--preset`; a flag that is given wins.
+
+    presets: {"smoke": {flag: value, ...}, "quick": ..., "paper": ...}, keys being the flags' names.
+    Errors are one line and exit status 2.
     """
 
     def __init__(self, doc, presets):
-        super().__init__(description=doc, allow_abbrev=False, formatter_class=type(
-            "Formatter", (argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter), {}))
+        super().__init__(description=doc, allow_abbrev=False, formatter_class=Formatter)
         self.presets = presets
-        group = self.add_argument_group("flags of all scripts")
-        group.add_argument("--preset", choices=list(presets), default="quick",
-                           help="smoke: seconds, offline; quick: minutes on a laptop; paper: the full protocol")
-        group.add_argument("--seed", type=number(int, 0, 2**31), default=0, help="first seed")
-        group.add_argument("--device", type=device, default="auto", metavar="{auto,cpu,cuda,mps}",
-                           help="where to compute; auto: CUDA if there is one")
-        group.add_argument("--data", default="data", metavar="DIR", help="folder of the image data")
-        group.add_argument("--out", metavar="DIR", help="run folder (default: out/<script>-<preset>)")
-        group.add_argument("--fresh", action="store_true", help="delete the run in the folder first")
-        group.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False,
-                           help="use torch.compile where it applies")
+        add = self.add_argument_group("flags of all scripts").add_argument
+        add("--preset", choices=list(presets), default="quick",
+            help="smoke: seconds, offline; quick: minutes on a laptop; paper: full protocol")
+        add("--seed", type=number(int, 0, 2**31), default=0, help="first seed")
+        add("--device", type=device, default="auto", metavar="{auto,cpu,cuda,mps}",
+            help="where to compute; auto: CUDA if there is one, else the CPU")
+        add("--data", default="data", metavar="DIR", help="folder of the image data")
+        add("--out", metavar="DIR", help="run folder, if not out/<script>-<preset>")
+        add("--fresh", action="store_true", help="delete the run in the folder first")
+        add("--compile", action=argparse.BooleanOptionalAction, default=False,
+            help="use torch.compile where it applies")
 
     def parse(self, argv=None):
         peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
@@ -97,28 +106,28 @@ class Parser(argparse.ArgumentParser):
 
 
 def generator(seed, name, device="cpu"):
-    """A random generator of its own for the work unit `name`, so that adding a unit changes no other."""
+    """A generator of its own for the work unit `name`, so that adding a unit changes no other."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def batches(n, size, generator):
-    """Index batches of one shuffled pass over n items, on the generator's device; the last may be smaller."""
+    """Index batches of one shuffled pass over n items, on the generator's device."""
     return torch.randperm(n, generator=generator, device=generator.device).split(size)
 
 
 def compiled(function, wanted):
-    """torch.compile(function) where it is wanted and a C++ compiler is there, else the function itself."""
+    """torch.compile(function) where it is wanted and a C++ compiler is there, else function."""
     if wanted and not shutil.which(os.environ.get("CXX", "g++")):
         note("note: --compile needs a C++ compiler (g++), none found: running without it")
         wanted = False
     return torch.compile(function) if wanted else function
 
 
-# --- the run folder --------------------------------------------------------------------------------------------------
+# --- the run folder ------------------------------------------------------------------------------
 
 def write(path, data):
-    """Write bytes or text in one step: a kill or a full disk never leaves a half-written file under this name."""
+    """Write bytes or text in one step: no kill or full disk leaves half a file under this name."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -133,17 +142,20 @@ def write(path, data):
 
 
 def save(path, value):
+    """torch.save in one step: tensors, numbers, strings, and lists, tuples and dicts of them."""
     buffer = io.BytesIO()
     torch.save(value, buffer)
     write(path, buffer.getvalue())
 
 
 def load(path, device):
-    """What `save` wrote, or None where there is no such file; a broken file is set aside, named, and counts as none."""
+    """What `save` wrote; None where there is no file. A damaged one is set aside and is none."""
     try:
         return torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         return None
+    except PermissionError as error:
+        die(f"cannot read {path}: {error.strerror}")
     except Exception:  # torch.load raises half a dozen kinds on a damaged file
         aside = path.with_name(path.name + ".broken")
         os.replace(path, aside)
@@ -167,7 +179,8 @@ class Checkpoint:
 
     def save(self, progress, *parts):
         """progress: tensors and numbers; parts: modules, optimisers and random generators."""
-        states = [part.get_state() if isinstance(part, torch.Generator) else part.state_dict() for part in parts]
+        states = [part.get_state() if isinstance(part, torch.Generator) else part.state_dict()
+                  for part in parts]
         save(self.path, ((progress, states), self.seconds()))
         self.saved = time.time()
 
@@ -183,9 +196,10 @@ class Checkpoint:
 
 
 class Run:
-    """One run = one folder of finished work units. Use as `with Run(__file__, args, label) as run:`.
+    """One folder of finished work units: `with Run(__file__, args, label) as run: ...`.
 
-    label names the data for figures and tables. additive: flags that only add units, and so may change in a folder.
+    label names the data in figures and tables. additive: flags that only add units, and so may
+    change between commands in one folder.
     """
 
     def __init__(self, script, args, label, additive=()):
@@ -205,19 +219,22 @@ class Run:
             die(f"{self.folder} is not empty and holds no run: choose another --out")
         if fresh and config.exists():
             shutil.rmtree(self.folder / "units", ignore_errors=True)
-            for path in [*self.folder.glob("fig_*.png"), *self.folder.glob("*.json"), *self.folder.glob("*.csv")]:
-                path.unlink()
+            for pattern in ("fig_*.png", "results.json", "metrics.csv", "config.json"):
+                for path in self.folder.glob(pattern):
+                    path.unlink()
         if config.exists():
             try:
                 old = json.loads(config.read_text())
-            except ValueError:
+                old_config, old_source = old["config"], old["source"]
+            except (ValueError, KeyError, TypeError):
                 die(f"{config} is damaged: choose another --out, or --fresh to start over")
-            flags = [key for key in self.config if key not in additive and old["config"].get(key) != self.config[key]]
-            if flags:
-                told = ", ".join(f"--{key.replace('_', '-')} {old['config'].get(key)}" for key in flags)
-                die(f"{self.folder} holds a run with {told}: choose another --out, or --fresh to start over")
-            if old["source"] != self.source:
-                note(f"note: {self.script}.py has changed since the first units of {self.folder} were made")
+            told = [f"--{key.replace('_', '-')} {old_config.get(key)}" for key in self.config
+                    if key not in additive and old_config.get(key) != self.config[key]]
+            if told:
+                die(f"{self.folder} holds a run with {', '.join(told)}: choose another --out, "
+                    "or --fresh to start over")
+            if old_source != self.source:
+                note(f"note: {self.script}.py has changed since this run began")
         (self.folder / "units").mkdir(parents=True, exist_ok=True)
         for leftover in self.folder.rglob(".*.tmp"):
             leftover.unlink()
@@ -235,11 +252,13 @@ class Run:
         torch.set_flush_denormal(False)
         if isinstance(error, FloatingPointError):
             die(str(error), status=1)
+        if isinstance(error, KeyboardInterrupt):
+            die("interrupted; the same command continues", status=130)
 
     def unit(self, name, compute):
-        """The finished result `name` from the folder, else compute(checkpoint), saved: tensors, numbers, str, dict."""
+        """The result `name` from the folder, else that of compute(checkpoint), saved there."""
         path = self.folder / "units" / f"{name}.pt"
-        done = load(path, self.device)
+        done = load(path, "cpu")
         if done is None:
             checkpoint = Checkpoint(path.with_suffix(".checkpoint"), self.device)
             if checkpoint.state is not None:
@@ -264,39 +283,42 @@ class Run:
         self.figures.add(f"fig_{name}.png")
 
     def finish(self, results, claims, metrics):
-        """Write results.json and metrics.csv, print the closing table; returns what results.json holds.
+        """Write results.json and metrics.csv, print the closing table; returns the results.json.
 
-        results: anything JSON can hold; claims: rows (claim, document, here, holds); metrics: list of flat dicts.
+        results: what JSON can hold; claims: (claim, document, here, holds); metrics: flat dicts.
         """
         for path in self.folder.glob("fig_*.png"):
             if path.name not in self.figures:
                 path.unlink()  # of an earlier command in this folder
-        cpu = f"{torch.get_num_threads()} CPU threads"
-        report = {"script": self.script, "label": self.label, "config": self.config, "source": self.source,
-                  "device": torch.cuda.get_device_name() if self.device == "cuda" else f"{self.device}, {cpu}",
-                  "versions": {"python": platform.python_version(), "torch": torch.__version__}, "results": results,
-                  "claims": [dict(zip(("claim", "document", "here", "holds"), row)) for row in claims],
-                  "seconds": {"units": self.seconds, "sum of units": sum(self.seconds.values()),
-                              "this command": time.time() - self.start}}
-        report = json.loads(json.dumps(report), parse_constant=lambda _: None)  # NaN has no JSON
+        cuda, threads = self.device == "cuda", torch.get_num_threads()
+        units = sum(self.seconds.values())
+        report = {
+            "script": self.script, "label": self.label, "config": self.config,
+            "source": self.source, "results": results,
+            "device": torch.cuda.get_device_name() if cuda else f"{self.device}, {threads} threads",
+            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            "claims": [dict(zip(("claim", "document", "here", "holds"), row)) for row in claims],
+            "seconds": {"units": self.seconds, "all units": units,
+                        "this command": time.time() - self.start}}
+        report = json.loads(json.dumps(report), parse_constant=lambda _: None)  # JSON has no NaN
         write(self.folder / "results.json", json.dumps(report, indent=1, allow_nan=False))
         table = io.StringIO()
-        rows = csv.DictWriter(table, fieldnames=list(dict.fromkeys(key for row in metrics for key in row)))
+        rows = csv.DictWriter(table, list(dict.fromkeys(key for row in metrics for key in row)))
         rows.writeheader()
         rows.writerows(metrics)
         write(self.folder / "metrics.csv", table.getvalue())
         print(f"\n{self.label}")
-        print_table(["", "document", "here", "holds?"], claims)
-        print(f"\n{report['seconds']['sum of units']:.0f} s of computing, {report['device']}\n{self.folder}")
+        print_table(["", "document", "here", "holds?"],
+                    [(*row, "yes" if holds else "no") for *row, holds in claims])
+        print(f"\n{units:.0f} s of computing on {report['device']}\n{self.folder}")
         return report
 
 
 def print_table(head, rows):
-    """Print rows of strings, numbers and booleans under their heads, columns aligned."""
-    text = [head] + [[{True: "yes", False: "no", None: "-"}.get(cell, str(cell)) if isinstance(cell, (bool, type(None)))
-                      else str(cell) for cell in row] for row in rows]
-    widths = [max(len(row[i]) for row in text) for i in range(len(head))]
-    for row in [text[0], ["-" * width for width in widths], *text[1:]]:
+    """Print rows under their heads, columns aligned."""
+    rows = [[str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(head, *rows)]
+    for row in [head, ["-" * width for width in widths], *rows]:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
 
 
@@ -313,7 +335,10 @@ def show(value, digits=4):
 
 
 def plot_curves(panels, scales):
-    """Curves over the epochs; panels {title: [(label, values (epochs,), colour, line style)]}, y scales in their order."""
+    """Curves over the epochs: {title: [(label, values (epochs,), colour, line style)]}.
+
+    scales: the panels' y scales. The legend is that of the first panel.
+    """
     fig = Figure(figsize=(3.2 * len(panels) + 1.8, 4), layout="constrained")
     for ax, (title, lines), scale in zip(fig.subplots(1, len(panels)), panels.items(), scales):
         for label, values, colour, style in lines:
@@ -324,12 +349,12 @@ def plot_curves(panels, scales):
     return fig
 
 
-# --- image data ------------------------------------------------------------------------------------------------------
+# --- image data ----------------------------------------------------------------------------------
 
 def images(dataset, train, folder, device="cpu"):
-    """'mnist' or 'svhn' through torchvision: x (N, C, H, W) in [0, 1] and labels y (N,), on the device.
+    """'mnist' or 'svhn' through torchvision: x (N, C, H, W) in [0, 1], labels y (N,).
 
-    Missing files are downloaded into `folder`; where that fails, one line names them and the way without a network.
+    Missing files are downloaded into `folder`; where that fails, one line names them.
     """
     from torchvision import datasets
     from torchvision.datasets.utils import check_integrity
@@ -337,7 +362,7 @@ def images(dataset, train, folder, device="cpu"):
     if dataset == "mnist":
         home, files = folder / "MNIST" / "raw", datasets.MNIST.resources
     else:
-        home, files = folder / "SVHN", [split[1:] for key, split in datasets.SVHN.split_list.items() if key != "extra"]
+        home, files = folder / "SVHN", [datasets.SVHN.split_list[k][1:] for k in ("train", "test")]
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             if dataset == "mnist":
@@ -347,55 +372,51 @@ def images(dataset, train, folder, device="cpu"):
                 data = datasets.SVHN(home, split="train" if train else "test", download=True)
                 x, y = torch.from_numpy(data.data), torch.from_numpy(data.labels)
         return x.to(device).float() / 255, y.to(device)
-    except Exception as error:  # no network, damaged file, read-only folder: torchvision raises many kinds
+    except Exception as error:  # no network, damaged file, read-only folder: many kinds
         bad = [name for name, md5 in files if not check_integrity(home / name, md5)]
         why = " ".join(str(error).split())[:120]
-        die(f"cannot load {dataset}: missing or damaged {', '.join(bad) or 'unpacked files'} in {home} ({why}); "
-            "put the files there or use --dataset glyphs")
+        die(f"cannot load {dataset}: missing or damaged {', '.join(bad) or 'unpacked files'} in "
+            f"{home} ({why}); put the files there or use --dataset glyphs")
 
 
 def glyphs(n, seed, channels=1, device="cpu"):
-    """Digits from matplotlib's own fonts, randomly warped: x (n, channels, 28, 28) in [0, 1], labels y (n,).
+    """Digits in matplotlib's own fonts, warped: x (n, channels, 28, 28) in [0, 1], labels y (n,).
 
-    Rotation within 15 degrees, shear 0.25, scale 0.8 to 1.15, shift 2 pixels, three stroke widths; with 3 channels
-    also random colours for stroke and ground. The same n and seed give the same images.
+    Rotation within 15 degrees, shear 0.25, scale 0.8 to 1.15, shift 2 pixels, three stroke widths;
+    with 3 channels also random colours of ink and ground. Equal n and seed give equal images.
     """
     import matplotlib
     from PIL import Image, ImageDraw, ImageFont
-    fonts, shapes = pathlib.Path(matplotlib.get_data_path(), "fonts", "ttf"), []
+    folder, shapes = pathlib.Path(matplotlib.get_data_path(), "fonts", "ttf"), []
     for name in GLYPH_FONTS:
-        font = ImageFont.truetype(str(fonts / f"{name}.ttf"), 50)
+        font = ImageFont.truetype(str(folder / f"{name}.ttf"), 50)
         for digit in "0123456789":
             for stroke in range(3):
                 image = Image.new("L", (56, 56))
-                box = font.getbbox(digit, stroke_width=stroke)
-                corner = (28 - (box[0] + box[2]) / 2, 28 - (box[1] + box[3]) / 2)
-                ImageDraw.Draw(image).text(corner, digit, 255, font, stroke_width=stroke)
-                shapes.append(torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(1, 56, 56))
+                left, top, right, bottom = font.getbbox(digit, stroke_width=stroke)
+                ImageDraw.Draw(image).text((28 - (left + right) / 2, 28 - (top + bottom) / 2),
+                                           digit, 255, font, stroke_width=stroke)
+                shapes.append(torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8))
     shapes = torch.stack(shapes).view(len(GLYPH_FONTS), 10, 3, 1, 56, 56)
     g = generator(seed, "glyphs")
 
     def uniform(low, high, *size):
         return low + (high - low) * torch.rand(size, generator=g)
 
-    def choose(k):
-        return torch.randint(k, (n,), generator=g)
-
-    y = choose(10)
-    font, stroke = choose(len(GLYPH_FONTS)), choose(3)
-    angle, shear, shift = uniform(-0.26, 0.26, n), uniform(-0.25, 0.25, n), uniform(-0.14, 0.14, n, 2)
-    turn = torch.stack([torch.stack([angle.cos(), shear - angle.sin()], 1),
-                        torch.stack([angle.sin(), angle.cos()], 1)], 1) / uniform(0.8, 1.15, n)[:, None, None]
-    theta, x = torch.cat([turn, shift[:, :, None]], 2), torch.empty(n, 1, 28, 28)  # (n, 2, 3)
-    for i in range(0, n, 2000):
-        part = slice(i, i + 2000)
+    font, y, stroke = (torch.randint(k, (n,), generator=g) for k in shapes.shape[:3])
+    angle, shear, scale = uniform(-0.26, 0.26, n), uniform(-0.25, 0.25, n), uniform(0.8, 1.15, n)
+    turn = torch.stack([angle.cos(), shear - angle.sin(), angle.sin(), angle.cos()], 1)
+    turn = turn.view(n, 2, 2) / scale.view(n, 1, 1)
+    theta = torch.cat([turn, uniform(-0.14, 0.14, n, 2, 1)], 2)  # (n, 2, 3)
+    x = torch.empty(n, 1, 28, 28)
+    for part in torch.arange(n).split(2000):
         fine = shapes[font[part], y[part], stroke[part]].float() / 255  # (2000, 1, 56, 56)
         grid = torch.nn.functional.affine_grid(theta[part], list(fine.shape), align_corners=False)
-        x[part] = torch.nn.functional.avg_pool2d(
-            torch.nn.functional.grid_sample(fine, grid, align_corners=False), 2)
+        fine = torch.nn.functional.grid_sample(fine, grid, align_corners=False)
+        x[part] = torch.nn.functional.avg_pool2d(fine, 2)
     if channels == 3:
-        ground, ink = uniform(0, 0.45, n, 3, 1, 1), uniform(0.55, 1, n, 3, 1, 1)
+        dark, light = uniform(0, 0.45, n, 3, 1, 1), uniform(0.55, 1, n, 3, 1, 1)
         swap = torch.rand(n, 1, 1, 1, generator=g) < 0.5
-        ground, ink = torch.where(swap, ink, ground), torch.where(swap, ground, ink)
+        ground, ink = torch.where(swap, light, dark), torch.where(swap, dark, light)
         x = ground + (ink - ground) * x  # (n, 3, 28, 28)
     return x.clamp(0, 1).to(device), y.to(device)

@@ -141,8 +141,9 @@ def test_read_only_folder(refused, monkeypatch):
 
 def test_damaged_config_is_one_line(refused):
     open_run(["--out", "run"])
-    open("run/config.json", "w").write('{"conf')
-    assert "damaged" in refused(open_run, ["--out", "run"])
+    for text in ('{"conf', "{}", "[]"):
+        open("run/config.json", "w").write(text)
+        assert "damaged" in refused(open_run, ["--out", "run"])
     open_run(["--out", "run", "--fresh"])
 
 
@@ -191,6 +192,13 @@ def test_non_finite_stops_with_status_1(capsys):
         with open_run(["--out", "run"]):
             raise FloatingPointError("kl is not finite at step 3")
     assert stop.value.code == 1 and capsys.readouterr().err == "error: kl is not finite at step 3\n"
+
+
+def test_interruption_is_one_line(capsys):
+    with pytest.raises(SystemExit) as stop:
+        with open_run(["--out", "run"]):
+            raise KeyboardInterrupt
+    assert stop.value.code == 130 and capsys.readouterr().err.count("\n") == 1
 
 
 def test_results_have_no_nan_and_old_figures_go(capsys):
