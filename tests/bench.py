@@ -1,7 +1,8 @@
-"""Ratios against plain baselines, measured in one run: `python tests/bench.py`. Run by hand; no test times anything.
+"""Ratios against plain baselines, measured in one run, by hand: `python tests/bench.py`.
 
-Each line is the time of the plain way over the time of the script's way, the two taken in turn, median of three.
+Each line is the time of the plain way over that of the script's way, in turn, median of three.
 """
+
 import pathlib
 import statistics
 import sys
@@ -36,17 +37,24 @@ def plain_loop(epochs=2, n=5000):
     """f2 at one point as a textbook loop: nn.Sequential, DataLoader, .item() at every step."""
     x = ae_cube.cube_surface(n, common.generator(0, "bench"))
     layers = [3, 64, 64, 6, 64, 64, 3]
-    half = [[m for a, b in zip(part, part[1:]) for m in (torch.nn.Linear(a, b), torch.nn.Tanh())][:-1]
-            for part in (layers[:4], layers[3:])]
+    half = [
+        [m for a, b in zip(part, part[1:]) for m in (torch.nn.Linear(a, b), torch.nn.Tanh())][:-1]
+        for part in (layers[:4], layers[3:])
+    ]
     encoder, decoder = (torch.nn.Sequential(*part) for part in half)
     optimiser = torch.optim.Adam([*encoder.parameters(), *decoder.parameters()], lr=1e-2)
-    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x), ae_cube.BATCH, shuffle=True)
+    loader = torch.utils.data.DataLoader(
+        torch.utils.data.TensorDataset(x), ae_cube.BATCH, shuffle=True
+    )
     log = []
     for _ in range(epochs):
-        for batch, in loader:
+        for (batch,) in loader:
             y = encoder(batch)
-            x_hat = decoder(y + 10 ** -0.75 * torch.randn_like(y))
-            mse, penalty = ((x_hat - batch) ** 2).mean(), (y.mean(0) ** 2 + (y.var(0) - 1) ** 2).mean()
+            x_hat = decoder(y + 10**-0.75 * torch.randn_like(y))
+            mse, penalty = (
+                ((x_hat - batch) ** 2).mean(),
+                (y.mean(0) ** 2 + (y.var(0) - 1) ** 2).mean(),
+            )
             optimiser.zero_grad()
             (mse + penalty).backward()
             optimiser.step()
@@ -56,10 +64,19 @@ def plain_loop(epochs=2, n=5000):
 if __name__ == "__main__":
     print(f"{torch.get_num_threads()} CPU threads, torch {torch.__version__}\n")
     sweep, seeds = ae_cube.sweep("f2"), [0, 1, 2]
-    ratio("ae_cube f2, 16 points x 3 seeds: one after another / side by side",
-          lambda: [one_epoch([p], [s]) for p in sweep for s in seeds], lambda: one_epoch(sweep, seeds))
-    ratio("ae_cube f2, 16 points x 3 seeds: textbook loops / side by side",
-          lambda: [plain_loop() for _ in sweep for _ in seeds], lambda: one_epoch(sweep, seeds))
+    ratio(
+        "ae_cube f2, 16 points x 3 seeds: one after another / side by side",
+        lambda: [one_epoch([p], [s]) for p in sweep for s in seeds],
+        lambda: one_epoch(sweep, seeds),
+    )
+    ratio(
+        "ae_cube f2, 16 points x 3 seeds: textbook loops / side by side",
+        lambda: [plain_loop() for _ in sweep for _ in seeds],
+        lambda: one_epoch(sweep, seeds),
+    )
     mmd = ae_cube.sweep("f4")
-    ratio("ae_cube f4, 18 points x 3 seeds: one after another / side by side",
-          lambda: [one_epoch([p], [s]) for p in mmd for s in seeds], lambda: one_epoch(mmd, seeds))
+    ratio(
+        "ae_cube f4, 18 points x 3 seeds: one after another / side by side",
+        lambda: [one_epoch([p], [s]) for p in mmd for s in seeds],
+        lambda: one_epoch(mmd, seeds),
+    )

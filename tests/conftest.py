@@ -1,4 +1,5 @@
 """Tests run offline, on the CPU, from any folder."""
+
 import pathlib
 import sys
 
@@ -16,11 +17,15 @@ def elsewhere(tmp_path, monkeypatch):
 
 @pytest.fixture
 def refused(capsys):
-    """Call main(argv) and check the contract for bad input: status 2, one line; returns the line."""
+    """Call main(argv), check the contract for bad input (status 2, one line), return the line."""
+
     def check(main, argv):
         with pytest.raises(SystemExit) as stop:
             main(argv)
         error = capsys.readouterr().err
-        assert stop.value.code == 2 and error.count("\n") == 1 and error.startswith("error: "), error
+        assert stop.value.code == 2 and error.count("\n") == 1 and error.startswith("error: "), (
+            error
+        )
         return error
+
     return check

@@ -1,4 +1,5 @@
 """ae_cube.py: the mathematics of the document, and the run as a user sees it."""
+
 import json
 import math
 import os
@@ -23,6 +24,7 @@ def g(name="test"):
 
 # --- data ---
 
+
 def test_sampler_is_uniform_on_the_surface():
     n = 60_000
     x = ae_cube.cube_surface(n, g())
@@ -38,14 +40,25 @@ def test_sampler_is_uniform_on_the_surface():
     assert torch.allclose(face[:, :2].pow(4).mean(0), torch.tensor(1 / 5), atol=0.02)
 
 
-@pytest.mark.parametrize("x, distance", [
-    ((0, 0, 0), 1), ((2, 0, 0), 1), ((2, 2, 2), math.sqrt(3)), ((1, 0.3, -0.2), 0),
-    ((0.9, 0.5, 0), 0.1), ((-1.3, 1.4, 0), 0.5)])
+@pytest.mark.parametrize(
+    "x, distance",
+    [
+        ((0, 0, 0), 1),
+        ((2, 0, 0), 1),
+        ((2, 2, 2), math.sqrt(3)),
+        ((1, 0.3, -0.2), 0),
+        ((0.9, 0.5, 0), 0.1),
+        ((-1.3, 1.4, 0), 0.5),
+    ],
+)
 def test_distance_to_the_surface(x, distance):
-    assert ae_cube.surface_distance(torch.tensor(x).float()).item() == pytest.approx(distance, abs=1e-6)
+    assert ae_cube.surface_distance(torch.tensor(x).float()).item() == pytest.approx(
+        distance, abs=1e-6
+    )
 
 
 # --- objective ---
+
 
 @pytest.mark.parametrize("snr, bits", [(5, 1.029), (10, 1.730), (15, 2.514), (20, 3.329)])
 def test_information_rate_of_unit_signals(snr, bits):
@@ -77,6 +90,7 @@ def test_mmd_equals_a_double_loop():
 
     def k(x, y):
         return math.exp(-((x - y) ** 2).sum().item() / r)
+
     aa = [k(a[i], a[j]) for i in range(5) for j in range(5) if i != j]
     bb = [k(b[i], b[j]) for i in range(7) for j in range(7) if i != j]
     ab = [k(x, y) for x in a for y in b]
@@ -102,26 +116,29 @@ def test_median_heuristic():
 
 
 def test_fitted_target_ignores_the_scale():
-    """MMD to the Gaussian with the latents' own moments neither rewards nor punishes their scale."""
+    """MMD to the Gaussian with the latents' own moments does not depend on their scale."""
     stack = ae_cube.Stack(ae_cube.sweep("f4")[-1:], [g()])
     z, gauss = torch.rand(1, 64, 8, generator=g("z")), torch.randn(1, 64, 8, generator=g("n"))
 
     def value(scale):
         a, b = z * scale, stack.target(z * scale, gauss)
         return ae_cube.mmd2(a, b, ae_cube.median_heuristic(a, b))
+
     scale = torch.ones((), requires_grad=True)
-    slope, = torch.autograd.grad(value(scale).sum(), scale)
+    (slope,) = torch.autograd.grad(value(scale).sum(), scale)
     assert abs(slope.item()) < 1e-5 and torch.allclose(value(1.0), value(30.0), atol=1e-5)
     assert stack.fitted.all() and value(1.0).abs() > 1e-4
 
 
 def test_annealing_schedule():
     assert [ae_cube.annealed(0.0, 1.0, t, 4) for t in range(7)] == [0, 0.25, 0.5, 0.75, 1, 1, 1]
-    assert [ae_cube.annealed(1.0, 10.0, t, 1000) for t in (0, 100, 200, 1000, 1400)] == pytest.approx(
-        [1, 1.9, 2.8, 10, 10])  # the column KL-Beta of Table 5
+    assert [
+        ae_cube.annealed(1.0, 10.0, t, 1000) for t in (0, 100, 200, 1000, 1400)
+    ] == pytest.approx([1, 1.9, 2.8, 10, 10])  # the column KL-Beta of Table 5
 
 
 # --- model ---
+
 
 def test_stack_equals_single_nets():
     points = [p for p in ae_cube.sweep("f2") if p.snr == 15]
@@ -135,7 +152,7 @@ def test_stack_equals_single_nets():
             h = torch.nn.functional.linear(h.tanh() if i else h, w[m].T, b[m, 0])
         d = points[m // 2].d
         assert torch.allclose(y[m, :, :d], h[:, :d], atol=1e-5) and (y[m, :, d:] == 0).all()
-    assert torch.allclose(var[:, 0, 0], torch.tensor(10 ** -1.5))
+    assert torch.allclose(var[:, 0, 0], torch.tensor(10**-1.5))
     z = torch.randn(8, 5, 8, generator=g())
     assert torch.equal(stack.decode(z), stack.decode(z * stack.mask))
     assert not torch.equal(stack.encoder.weights[0][0], stack.encoder.weights[0][1])  # by seed
@@ -164,6 +181,7 @@ def test_same_command_same_numbers():
 
 # --- measures ---
 
+
 def test_knn_kl_against_gaussians():
     n = 4000
     for shift, scale in ((0.0, 1.0), (0.5, 1.0), (0.0, 2.0), (0.5, 1.5)):
@@ -182,13 +200,18 @@ def test_energy_distance():
 
 @pytest.mark.parametrize("snr, d", [(5, 1), (5, 2), (10, 3), (15, 4), (15, 6), (5, 8)])
 def test_linear_code_against_least_squares(snr, d):
-    """The formula is the least-squares MSE of a balanced unit-variance encoder; no other does better."""
+    """The formula is the least-squares MSE of a balanced encoder; no other does better."""
     x = ae_cube.cube_surface(200_000, g())
     noise = 10 ** (-snr / 20) * torch.randn(len(x), d, generator=g("n"))
-    balanced = {4: torch.tensor([[1.0, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]]) / 3 ** 0.5,
-                8: torch.tensor([[a, b, c] for a in (1., -1) for b in (1, -1) for c in (1, -1)]) / 3 ** 0.5}
+    balanced = {
+        4: torch.tensor([[1.0, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]]) / 3**0.5,
+        8: torch.tensor([[a, b, c] for a in (1.0, -1) for b in (1, -1) for c in (1, -1)]) / 3**0.5,
+    }
     frames = [balanced.get(d, torch.eye(3).repeat(2, 1)[:d])]
-    frames += [torch.nn.functional.normalize(torch.randn(d, 3, generator=g(str(i))), dim=1) for i in range(5)]
+    frames += [
+        torch.nn.functional.normalize(torch.randn(d, 3, generator=g(str(i))), dim=1)
+        for i in range(5)
+    ]
     errors = []
     for frame in frames:
         z = x @ frame.T / (5 / 9) ** 0.5 + noise
@@ -200,11 +223,11 @@ def test_linear_code_against_least_squares(snr, d):
 
 def test_yardsticks_of_the_facts():
     assert ae_cube.linear_code_mse(15, 6) == pytest.approx(0.00865, abs=5e-6)
-    bits = 3 * math.log2(1 + 10 ** 1.5)
+    bits = 3 * math.log2(1 + 10**1.5)
     assert ae_cube.shannon_lower_bound(bits) == pytest.approx(2.7e-5, abs=5e-7)
-    # a uniform square of side L coded by R bits of uniform quantisation: L^2 2^-R / 12 a coordinate,
+    # a square of side L coded by R bits of uniform quantisation has L^2 2^-R / 12 a coordinate,
     # worse than the bound for two of three coordinates by the known factor 2 pi e / 12
-    ratio = (24 * 2 ** -20 / 12 * 2 / 3) / ae_cube.shannon_lower_bound(20)
+    ratio = (24 * 2**-20 / 12 * 2 / 3) / ae_cube.shannon_lower_bound(20)
     assert ratio == pytest.approx(2 * math.pi * math.e / 12)
 
 
@@ -224,16 +247,38 @@ def smoke(tmp_path_factory):
 def test_smoke_writes_everything(smoke):
     folder, report, _ = smoke
     assert {path.name for path in folder.glob("*.*")} == {
-        "config.json", "results.json", "metrics.csv", *(f"fig_{name}.png" for name in (
-            "target", "f2", "f4_standard", "f4_fitted", "models", "latents", "training", "annealing",
-            "rate_distortion"))}
+        "config.json",
+        "results.json",
+        "metrics.csv",
+        *(
+            f"fig_{name}.png"
+            for name in (
+                "target",
+                "f2",
+                "f4_standard",
+                "f4_fitted",
+                "models",
+                "latents",
+                "training",
+                "annealing",
+                "rate_distortion",
+            )
+        ),
+    }
     assert json.load(open(folder / "results.json")) == report
-    assert all((folder / f"fig_{name}.png").stat().st_size > 10_000 for name in ("target", "f2", "models"))
+    assert all(
+        (folder / f"fig_{name}.png").stat().st_size > 10_000 for name in ("target", "f2", "models")
+    )
     rows = report["results"]["points"]
     assert len(rows) == sum(len(ae_cube.sweep(model)) for model in ae_cube.MODELS)
-    assert all(math.isfinite(v["mean"]) and v["n"] == 2 for row in rows for v in row["measures"].values())
+    assert all(
+        math.isfinite(v["mean"]) and v["n"] == 2 for row in rows for v in row["measures"].values()
+    )
     claims = {claim["claim"]: claim for claim in report["claims"]}
-    assert len(claims) == 19 + 4 + 4 and claims["Table 2: f2 total loss, 15 dB, d=6"]["document"] == "0.0052"
+    assert (
+        len(claims) == 19 + 4 + 4
+        and claims["Table 2: f2 total loss, 15 dB, d=6"]["document"] == "0.0052"
+    )
     lines = open(folder / "metrics.csv").read().splitlines()
     assert lines[0] == "row,snr,d,seed,epoch,mse,moments,kl,mmd,rate,total"
     assert len(lines) == 1 + 2 * (3 * (len(rows) - 1) + 6)
@@ -241,8 +286,10 @@ def test_smoke_writes_everything(smoke):
 
 def test_smoke_has_learnt_something_and_says_what_is_true(smoke):
     _, report, seconds = smoke
-    at = {(row["name"], row["snr"], row["d"]): {k: v["mean"] for k, v in row["measures"].items()}
-          for row in report["results"]["points"]}
+    at = {
+        (row["name"], row["snr"], row["d"]): {k: v["mean"] for k, v in row["measures"].items()}
+        for row in report["results"]["points"]
+    }
     assert at["f2", 15, 6]["mse"] < 0.3 < at["f2", 5, 2]["mse"]
     for m in at.values():
         assert m["total"] >= m["mse"] - 0.02 and 0 <= m["faces"] <= 5 / 6 and m["kl"] >= 0
@@ -281,7 +328,11 @@ def test_tune_adds_rows_and_a_search_continues(capsys):
     assert all(space[key][0] <= trial[key] <= space[key][1] for trial in trials for key in space)
     best = min(trials, key=lambda trial: trial["knn_kl"])
     row = tuned["results"]["points"][2]
-    assert row["name"] == "f5 tuned" and row["beta"][1] == best["beta"] and row["lam"][1] == best["lam"]
+    assert (
+        row["name"] == "f5 tuned"
+        and row["beta"][1] == best["beta"]
+        and row["lam"][1] == best["lam"]
+    )
     os.remove("run/units/f5-search-8.pt")  # as if killed after the first round: the same again
     again = ae_cube.main([*one, "--tune", "--trials", "16"])
     assert again["results"] == tuned["results"]
@@ -305,9 +356,16 @@ def test_kill_and_continue_equals_an_undisturbed_run(part, tmp_path):
     environment = dict(os.environ, PYTHONPATH=str(ROOT))
 
     def run(folder):
-        return subprocess.run([*command, "--out", folder], env=environment, capture_output=True, text=True)
-    process = subprocess.Popen([*command, "--out", "killed"], env=environment,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        return subprocess.run(
+            [*command, "--out", folder], env=environment, capture_output=True, text=True
+        )
+
+    process = subprocess.Popen(
+        [*command, "--out", "killed"],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     deadline = time.time() + 120
     while not pathlib.Path("killed/units", part).exists() and time.time() < deadline:
         time.sleep(0.005)
@@ -325,18 +383,35 @@ def test_kill_and_continue_equals_an_undisturbed_run(part, tmp_path):
     assert open("killed/metrics.csv").read() == open("whole/metrics.csv").read()
 
 
-@pytest.mark.parametrize("argv", [
-    ["--models", "f9"], ["--snr", "abc"], ["--snr", "99"], ["--latent", "0"], ["--latent", "2.5"],
-    ["--seeds", "-1"], ["--seeds", "0"], ["--points", "10"], ["--held-out", "1"], ["--epochs", "0"],
-    ["--trials", "0"], ["--model", "f2"], ["--preset", "tiny"], ["--seed", "x"], ["extra"]])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--models", "f9"],
+        ["--snr", "abc"],
+        ["--snr", "99"],
+        ["--latent", "0"],
+        ["--latent", "2.5"],
+        ["--seeds", "-1"],
+        ["--seeds", "0"],
+        ["--points", "10"],
+        ["--held-out", "1"],
+        ["--epochs", "0"],
+        ["--trials", "0"],
+        ["--model", "f2"],
+        ["--preset", "tiny"],
+        ["--seed", "x"],
+        ["extra"],
+    ],
+)
 def test_bad_input_is_one_line_and_writes_nothing(argv, refused):
     line = refused(ae_cube.main, argv)
     assert argv[0] in line and os.listdir() == []
 
 
 def test_bad_input_as_a_process():
-    done = subprocess.run([sys.executable, str(ROOT / "ae_cube.py"), "--snr", "abc"],
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "ae_cube.py"), "--snr", "abc"], capture_output=True, text=True
+    )
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "'abc'" in done.stderr
     assert done.stdout == "" and os.listdir() == []
 

@@ -1,5 +1,5 @@
 """The plumbing: arguments, seeds, the run folder, image data."""
-import argparse
+
 import errno
 import json
 import os
@@ -31,6 +31,7 @@ def open_run(argv, additive=()):
 
 # --- arguments and seeds ---
 
+
 def test_presets_and_explicit_flags():
     assert arguments([]).epochs == 7
     assert arguments(["--preset", "paper"]).epochs == 99
@@ -44,10 +45,23 @@ def test_help_shows_the_values_in_force(capsys):
     assert stop.value.code == 0 and "default: 99" in text and "default: 0.5" in text
 
 
-@pytest.mark.parametrize("argv", [
-    ["--epochs", "0"], ["--epochs", "1.5"], ["--epochs", "many"], ["--epochs"], ["--rate", "nan"],
-    ["--rate", "inf"], ["--rate", "-1"], ["--preset", "huge"], ["--epoch", "3"], ["--seed", "-1"],
-    ["--device", "abacus"], ["stray"]])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--epochs", "0"],
+        ["--epochs", "1.5"],
+        ["--epochs", "many"],
+        ["--epochs"],
+        ["--rate", "nan"],
+        ["--rate", "inf"],
+        ["--rate", "-1"],
+        ["--preset", "huge"],
+        ["--epoch", "3"],
+        ["--seed", "-1"],
+        ["--device", "abacus"],
+        ["stray"],
+    ],
+)
 def test_bad_flags_are_one_line(argv, refused):
     line = refused(arguments, argv)
     assert argv[0].lstrip("-") in line
@@ -60,8 +74,10 @@ def test_cuda_without_cuda_is_one_line(refused, monkeypatch):
 
 
 def test_generators_differ_by_seed_and_name_and_repeat():
-    first = [torch.rand(3, generator=common.generator(*key)) for key in
-             ((0, "f1"), (0, "f2"), (1, "f1"), (0, "f1"))]
+    first = [
+        torch.rand(3, generator=common.generator(*key))
+        for key in ((0, "f1"), (0, "f2"), (1, "f1"), (0, "f1"))
+    ]
     assert torch.equal(first[0], first[3])
     assert not torch.equal(first[0], first[1]) and not torch.equal(first[0], first[2])
 
@@ -79,6 +95,7 @@ def test_compile_without_compiler_falls_back(monkeypatch, capsys):
 
 
 # --- the run folder ---
+
 
 def test_units_are_computed_once_and_loaded_safely(capsys):
     calls = []
@@ -135,6 +152,7 @@ def test_out_on_a_file_or_in_an_impossible_place(refused):
 def test_read_only_folder(refused, monkeypatch):
     def denied(*args, **kwargs):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
     monkeypatch.setattr(common.pathlib.Path, "mkdir", denied)
     assert "Read-only" in refused(open_run, ["--out", "run"])
 
@@ -152,7 +170,7 @@ def test_truncated_unit_is_set_aside_and_computed_again(keep, capsys):
     with open_run(["--out", "run"]) as run:
         run.unit("a", lambda checkpoint: torch.arange(1000))
     data = open("run/units/a.pt", "rb").read()
-    open("run/units/a.pt", "wb").write(data[:int(keep * len(data)) if keep < 1 else keep])
+    open("run/units/a.pt", "wb").write(data[: int(keep * len(data)) if keep < 1 else keep])
     with open_run(["--out", "run"]) as run:
         assert len(run.unit("a", lambda checkpoint: torch.arange(1000))) == 1000
     assert "a.pt" in capsys.readouterr().err
@@ -165,6 +183,7 @@ def test_full_disk_keeps_the_good_file(refused, monkeypatch):
 
     def full(descriptor):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     monkeypatch.setattr(os, "fsync", full)
     assert "No space left" in refused(lambda value: common.save(path, value), 2)
     assert common.load(path, "cpu") == 1 and os.listdir() == ["a.pt"]
@@ -204,12 +223,18 @@ def test_interruption_is_one_line(capsys):
 def test_results_have_no_nan_and_old_figures_go(capsys):
     with open_run(["--out", "run"]) as run:
         open("run/fig_old.png", "w").close()
-        report = run.finish({"a": float("nan"), "b": float("inf")},
-                            [("claim", "1", "2", True), ("other", "1", "2", False)],
-                            [{"epoch": 1, "loss": 0.5}, {"epoch": 2, "kl": 1.0}])
+        report = run.finish(
+            {"a": float("nan"), "b": float("inf")},
+            [("claim", "1", "2", True), ("other", "1", "2", False)],
+            [{"epoch": 1, "loss": 0.5}, {"epoch": 2, "kl": 1.0}],
+        )
     out = capsys.readouterr().out.splitlines()
     assert out[-1] == "run" and any("claim" in row and row.endswith("yes") for row in out)
-    assert report["results"] == {"a": None, "b": None} == json.load(open("run/results.json"))["results"]
+    assert (
+        report["results"]
+        == {"a": None, "b": None}
+        == json.load(open("run/results.json"))["results"]
+    )
     assert open("run/metrics.csv").read().split() == ["epoch,loss,kl", "1,0.5,", "2,,1.0"]
     assert not os.path.exists("run/fig_old.png")
 
@@ -224,12 +249,13 @@ def test_global_state_is_left_as_found():
 
 def test_mean_std():
     value = common.mean_std(torch.tensor([1.0, 3.0]))
-    assert value == {"mean": 2.0, "std": pytest.approx(2 ** 0.5), "n": 2}
+    assert value == {"mean": 2.0, "std": pytest.approx(2**0.5), "n": 2}
     assert common.show(value, 2) == "2.00 ± 1.41"
     assert common.show(common.mean_std(torch.tensor([1.0])), 1) == "1.0"
 
 
 # --- image data ---
+
 
 def test_glyphs_are_digits_seeded_and_quick():
     start = time.time()
@@ -259,8 +285,12 @@ def write_mnist(folder, n=5):
     raw.mkdir(parents=True)
     for split in ("train", "t10k"):
         pixels = bytes(range(256)) * (n * 784 // 256 + 1)
-        (raw / f"{split}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 2051, n, 28, 28) + pixels[:n * 784])
-        (raw / f"{split}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 2049, n) + bytes(range(n)))
+        (raw / f"{split}-images-idx3-ubyte").write_bytes(
+            struct.pack(">4i", 2051, n, 28, 28) + pixels[: n * 784]
+        )
+        (raw / f"{split}-labels-idx1-ubyte").write_bytes(
+            struct.pack(">2i", 2049, n) + bytes(range(n))
+        )
         for kind in ("images-idx3", "labels-idx1"):
             (raw / f"{split}-{kind}-ubyte.gz").write_bytes(b"")
     return raw
@@ -271,6 +301,7 @@ def offline(monkeypatch):
 
     def refuse(*args, **kwargs):
         raise OSError("no network in tests")
+
     monkeypatch.setattr(urllib.request, "urlopen", refuse)
 
 
@@ -293,7 +324,9 @@ def test_damaged_mnist_is_one_line(tmp_path, refused, monkeypatch):
     raw = write_mnist(tmp_path)
     path = raw / "train-images-idx3-ubyte"
     path.write_bytes(path.read_bytes()[:1000])
-    assert "cannot load mnist" in refused(lambda folder: common.images("mnist", True, folder), tmp_path)
+    assert "cannot load mnist" in refused(
+        lambda folder: common.images("mnist", True, folder), tmp_path
+    )
 
 
 def test_real_mnist_where_it_is():
@@ -301,6 +334,7 @@ def test_real_mnist_where_it_is():
     if not (folder / "MNIST").exists():
         pytest.skip("no real MNIST beside the checkout")
     import shutil
+
     shutil.copytree(folder / "MNIST", "data/MNIST")
     x, y = common.images("mnist", False, "data")
     assert x.shape == (10_000, 1, 28, 28) and y[:5].tolist() == [7, 2, 1, 0, 4]
@@ -311,8 +345,11 @@ def test_svhn_file_format(tmp_path, monkeypatch, refused):
     import numpy
     from scipy.io import savemat
     from torchvision import datasets
+
     offline(monkeypatch)
-    assert "test_32x32.mat" in refused(lambda folder: common.images("svhn", False, folder), tmp_path)
+    assert "test_32x32.mat" in refused(
+        lambda folder: common.images("svhn", False, folder), tmp_path
+    )
     (tmp_path / "SVHN").mkdir(exist_ok=True)
     path = tmp_path / "SVHN" / "test_32x32.mat"
     pixels = numpy.arange(32 * 32 * 3 * 4).reshape(32, 32, 3, 4).astype("uint8")
@@ -325,6 +362,6 @@ def test_svhn_file_format(tmp_path, monkeypatch, refused):
 
 
 def test_import_does_nothing_and_is_all_a_script_needs():
-    code = "import sys; import common; print([m for m in sys.modules if m in ('torchvision', 'optuna', 'scipy')])"
+    code = "import sys, common; print({'torchvision', 'optuna', 'scipy'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.strip() == "[]" and done.returncode == 0
+    assert done.stdout.strip() == "set()" and done.returncode == 0

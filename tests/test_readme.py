@@ -1,4 +1,5 @@
 """The README's commands run as they stand there, with --preset smoke added."""
+
 import importlib
 import os
 import re
@@ -36,5 +37,7 @@ def test_pictures_and_scripts_exist():
 
 def test_docstring_commands_are_real():
     for script in ROOT.glob("*.py"):
-        for line in re.findall(rf"^    python {script.name}(.*?)(?:  |$)", script.read_text(), re.M):
+        for line in re.findall(
+            rf"^    python {script.name}(.*?)(?:  |$)", script.read_text(), re.M
+        ):
             importlib.import_module(script.stem).arguments(shlex.split(line))
