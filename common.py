@@ -244,12 +244,10 @@ class Run:
     def __enter__(self):
         self.precision = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("high")
-        torch.set_flush_denormal(True)  # gradients of saturated units, many times slower on a CPU
         return self
 
     def __exit__(self, kind, error, trace):
         torch.set_float32_matmul_precision(self.precision)
-        torch.set_flush_denormal(False)
         if isinstance(error, FloatingPointError):
             die(str(error), status=1)
         if isinstance(error, KeyboardInterrupt):

@@ -244,7 +244,6 @@ def test_global_state_is_left_as_found():
     with open_run(["--out", "run"]):
         assert torch.get_float32_matmul_precision() == "high"
     assert torch.get_float32_matmul_precision() == before
-    assert torch.tensor(1e-40).mul(1.0).item() > 0  # denormals are back
 
 
 def test_mean_std():
