@@ -19,6 +19,7 @@ import time
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 COLOURS = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000",
            "#888888"]  # Okabe and Ito's, told apart by colour-blind readers; grey for the yellow
@@ -332,6 +333,12 @@ def show(value, digits=4):
     return mean if value["std"] is None else f"{mean} ± {value['std']:.{digits}f}"
 
 
+def percent(value):
+    """'64 ± 4 %' from what mean_std returns of a share."""
+    spread = "" if value["std"] is None else f" ± {100 * value['std']:.1f}"
+    return f"{100 * value['mean']:.1f}{spread} %"
+
+
 def plot_curves(panels, scales):
     """Curves over the epochs: {title: [(label, values (epochs,), colour, line style)]}.
 
@@ -345,6 +352,25 @@ def plot_curves(panels, scales):
         ax.set_title(title, fontsize="medium")
     fig.legend(*fig.axes[0].get_legend_handles_labels(), loc="outside right", fontsize="x-small")
     return fig
+
+
+def image_sheet(ax, images, rows=(), columns=(), framed=None):
+    """One sheet of images (rows, columns, C, H, W) in [0, 1], labelled at its left and top edges.
+
+    framed: (rows, columns) bool, which images get a coloured frame.
+    """
+    r, c, channels, h, w = images.shape
+    sheet = torch.ones(r, c, channels, h + 2, w + 2)  # white gaps
+    sheet[..., 1:-1, 1:-1] = images.clamp(0, 1)
+    sheet = sheet.permute(0, 3, 1, 4, 2).reshape(r * (h + 2), c * (w + 2), channels)
+    ax.imshow(sheet.squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    ax.set_xticks([(w + 2) * (j + 0.5) - 0.5 for j in range(len(columns))], columns)
+    ax.set_yticks([(h + 2) * (i + 0.5) - 0.5 for i in range(len(rows))], rows)
+    ax.tick_params(length=0, top=False, labeltop=True, labelbottom=False)
+    ax.spines[:].set_visible(False)
+    for i, j in [] if framed is None else framed.nonzero().tolist():
+        ax.add_patch(Rectangle(((w + 2) * j, (h + 2) * i), w + 1, h + 1, fill=False, lw=1.5,
+                               edgecolor=COLOURS[3]))
 
 
 # --- image data ----------------------------------------------------------------------------------

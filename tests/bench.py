@@ -13,6 +13,7 @@ import torch
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import ae_cube  # noqa: E402
 import common  # noqa: E402
+import lso_mnist  # noqa: E402
 
 
 def seconds(call):
@@ -61,6 +62,24 @@ def plain_loop(epochs=2, n=5000):
             log.append(mse.item())
 
 
+def lso(groups, starts=100, steps=20):
+    """Algorithm 3 on LSO-2's nets for `starts` starts, in so many groups; untrained nets do."""
+    g = common.generator(0, "bench")
+    nets = lso_mnist.build("LSO-2", lso_mnist.MODELS["LSO-2"], 1, g)
+    classifier = lso_mnist.MLP([196, 64, 10], 1, g, out=torch.sigmoid)
+    nets.requires_grad_(False), classifier.requires_grad_(False)
+    digits = torch.arange(starts)[None] % 10
+    for v, wanted in zip(
+        torch.randn(1, starts, 20, generator=g).chunk(groups, 1), digits.chunk(groups, 1)
+    ):
+        lso_mnist.algorithm_3(
+            lambda v: lso_mnist.total_squared_error(classifier(nets["decoder"](v)), wanted),
+            v,
+            lso_mnist.RULES["fine"],
+            steps,
+        )
+
+
 if __name__ == "__main__":
     print(f"{torch.get_num_threads()} CPU threads, torch {torch.__version__}\n")
     sweep, seeds = ae_cube.sweep("f2"), [0, 1, 2]
@@ -80,3 +99,9 @@ if __name__ == "__main__":
         lambda: [one_epoch([p], [s]) for p in mmd for s in seeds],
         lambda: one_epoch(mmd, seeds),
     )
+    ratio(
+        "lso_mnist, Algorithm 3 from 100 starts: one after another / all at once",
+        lambda: lso(100),
+        lambda: lso(1),
+    )
+    print(f"lso_mnist, 10,000 starts x 500 steps: {seconds(lambda: lso(1, 10_000, 500)):.0f} s")
