@@ -20,6 +20,13 @@ import lso_mnist
 from conftest import ROOT
 
 RULES = lso_mnist.RULES
+WANTED = {  # constant and share of E in the wanted drop, as the docstring says
+    "constant": (0.01, 0),
+    "patient": (0.01, 0),
+    "fine": (0.001, 0),
+    "proportional": (0, 0.1),
+    "polyak": (0, 1),
+}
 
 
 def g(name="test"):
@@ -68,8 +75,8 @@ def test_algorithm_3_changes_a_linear_error_by_exactly_c(rule):
     slope = torch.randn(2, 5, 7, generator=g(), dtype=torch.double)
     trace = []
     v = torch.zeros(2, 5, 7, dtype=torch.double)
-    lso_mnist.algorithm_3(lambda v: (slope * v).sum(-1) + 1.5, v, RULES[rule], 3, trace)
-    constant, share, _ = RULES[rule]
+    lso_mnist.algorithm_3(lambda v: (slope * v).sum(-1) + 1.5, v, RULES[rule][0], 3, trace)
+    constant, share = WANTED[rule]
     E = [E for _, E, _ in trace]
     for before, after in zip(E, E[1:]):
         open_ = before > lso_mnist.THRESHOLD
@@ -93,7 +100,7 @@ def nets_and_error(dtype=torch.double):
 
 def test_a_batch_gives_what_each_start_gives_alone():
     decoder, classifier, digits, v, error = nets_and_error()
-    together, success, _ = lso_mnist.algorithm_3(lambda v: error(v, digits), v, (0.01, 0.0), 8)
+    together, success, _ = lso_mnist.algorithm_3(lambda v: error(v, digits), v, RULES["constant"][0], 8)
     for r in range(3):
         parts = [frozen([1, 1], 1, "x") for _ in range(2)]
         for part, net in zip(parts, (decoder, classifier)):
@@ -106,7 +113,7 @@ def test_a_batch_gives_what_each_start_gives_alone():
                     parts[1](parts[0](v)), digits[r : r + 1, n : n + 1]
                 ),
                 v[r : r + 1, n : n + 1],
-                (0.01, 0.0),
+                RULES["constant"][0],
                 8,
             )
             assert torch.allclose(alone[0, 0], together[r, n], rtol=1e-7)
@@ -117,7 +124,7 @@ def test_zero_gradient_stops_nothing_and_moves_nothing():
     v = torch.tensor([[[1.0, 2.0], [0.0, 0.0], [3.0, 3.0]]])
     weight = torch.tensor([[1.0, 0.0, 1.0]])  # the second start sees a flat error
     end, success, stuck = lso_mnist.algorithm_3(
-        lambda v: weight * (v**2).sum(-1) + (1 - weight), v, (0.0, 0.5), 200
+        lambda v: weight * (v**2).sum(-1) + (1 - weight), v, lambda E: -0.5 * E, 200
     )
     assert torch.equal(end[0, 1], v[0, 1]) and success[0, 1] == -1
     assert stuck.tolist() == [[False, True, False]]
@@ -128,7 +135,7 @@ def test_zero_gradient_stops_nothing_and_moves_nothing():
 def test_a_start_rests_once_it_has_succeeded():
     trace = []
     v = torch.tensor([[[0.05], [3.0]]])
-    end, success, _ = lso_mnist.algorithm_3(lambda v: v[..., 0] ** 2, v, (0.0, 1.0), 9, trace)
+    end, success, _ = lso_mnist.algorithm_3(lambda v: v[..., 0] ** 2, v, lambda E: -E, 9, trace)
     assert success.tolist() == [[0, 5]] and end[0, 0, 0] == v[0, 0, 0]  # Polyak halves v
     assert [E[0, 1].item() for _, E, _ in trace][:4] == pytest.approx([9, 9 / 4, 9 / 16, 9 / 64])
 
@@ -136,7 +143,9 @@ def test_a_start_rests_once_it_has_succeeded():
 def test_frozen_weights_do_not_change():
     decoder, classifier, digits, v, error = nets_and_error(torch.float)
     before = [p.clone() for net in (decoder, classifier) for p in net.parameters()]
-    lso_mnist.generate(error, lambda n: v[:, :n], digits, RULES["constant"], 30, 2)
+    lso_mnist.generate(
+        error, lambda n, g: v[:, :n], digits, RULES["constant"][0], 30, 2, g()
+    )
     after = [p for net in (decoder, classifier) for p in net.parameters()]
     assert all(torch.equal(a, b) and b.grad is None for a, b in zip(before, after))
 
@@ -154,7 +163,7 @@ def test_retries_until_success_and_their_count():
     fails = torch.tensor([[0, 1, 2, 0], [3, 0, 0, 9]])  # attempts that each generation will lose
     drawn, asked = torch.zeros(2, 4, dtype=torch.long), []
 
-    def draw(n):
+    def draw(n, generator):
         return torch.full((2, n, 1), -1.0)  # replaced below, where the wanted digits are known
 
     def error(v, wanted):
@@ -173,11 +182,11 @@ def test_retries_until_success_and_their_count():
 
     real, lso_mnist.algorithm_3 = lso_mnist.algorithm_3, algorithm
     try:
-        out = lso_mnist.generate(error, draw, digits, RULES["constant"], 7, 5)
+        out = lso_mnist.generate(error, draw, digits, RULES["constant"][0], 7, 5, g())
     finally:
         lso_mnist.algorithm_3 = real
-    assert out["used"].tolist() == [[1, 2, 3, 1], [4, 1, 1, 5]]
-    assert out["cost"].tolist() == [[4, 11, 18, 4], [25, 4, 4, 35]]
+    assert out["attempts"].tolist() == [[1, 2, 3, 1], [4, 1, 1, 5]]
+    assert out["steps"].tolist() == [[4, 11, 18, 4], [25, 4, 4, 35]]
     assert out["solved"].tolist() == [[True] * 4, [True] * 3 + [False]]
     assert out["first"].tolist() == [[4, -1, -1, 4], [-1, 4, 4, -1]]
     expected = [[0, 1.1, 2.2, 3], [100.3, 101, 102, 103.4]]
@@ -189,21 +198,48 @@ def test_retries_until_success_and_their_count():
     assert len(scores["attempts by digit"]) == 10
 
 
+def test_retries_continue_after_a_kill(tmp_path, monkeypatch):
+    decoder, classifier, digits, _, error = nets_and_error(torch.float)
+    draw = lso_mnist.starts("normal", torch.randn(3, 50, 4, generator=g("codes")))
+
+    def run(stop=None):
+        checkpoint, calls = common.Checkpoint(tmp_path / "lso.checkpoint", "cpu"), []
+        checkpoint.every = 0
+
+        def watched(v, wanted):
+            calls.append(1)
+            if len(calls) == stop:
+                raise KeyboardInterrupt
+            return error(v, wanted)
+
+        return lso_mnist.generate(
+            watched, draw, digits, RULES["constant"][0], 9, 5, g("kill"), "", checkpoint
+        ), len(calls)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(stop=35)  # in the fourth attempt
+    continued, calls = run()
+    assert calls == 20  # the fourth and the fifth attempt, of ten evaluations each
+    os.remove(tmp_path / "lso.checkpoint")
+    whole, _ = run()
+    assert all(torch.equal(continued[key], value) for key, value in whole.items())
+
+
 def test_draws_are_algorithm_3_without_a_step():
     v = torch.randn(1, 50, 3, generator=g())
-    end, success, _ = lso_mnist.algorithm_3(lambda v: v[..., 0].abs(), v, (0, 0), 0)
+    end, success, _ = lso_mnist.algorithm_3(lambda v: v[..., 0].abs(), v, None, 0)
     assert torch.equal(end, v) and torch.equal(success >= 0, v[..., 0].abs() <= 0.01)
 
 
 def test_starts_look_like_the_codes():
     codes = torch.randn(2, 500, 3, generator=g()) * torch.tensor([1.0, 5.0, 0.1]) + 2
-    normal = lso_mnist.starts("normal", codes, g("n"))(20_000)
+    normal = lso_mnist.starts("normal", codes)(20_000, g("n"))
     assert torch.allclose(normal.mean(1), codes.mean(1), atol=0.1)
     assert torch.allclose(normal.std(1), codes.std(1), rtol=0.03)
-    box = lso_mnist.starts("box", codes, g("b"))(20_000)
+    box = lso_mnist.starts("box", codes)(20_000, g("b"))
     assert (box >= codes.amin(1, keepdim=True)).all() and (box <= codes.amax(1, keepdim=True)).all()
     assert torch.allclose(box.std(1) * 12**0.5, codes.amax(1) - codes.amin(1), rtol=0.03)
-    chosen = lso_mnist.starts("codes", codes, g("c"))(30)
+    chosen = lso_mnist.starts("codes", codes)(30, g("c"))
     assert all((row == codes[r]).all(1).any() for r in range(2) for row in chosen[r])
 
 
@@ -369,12 +405,13 @@ def test_judge_scores_of_known_images():
     x[:, 20:, 6] = 4.0
     x[1, :3, 0] = 0.9  # three digits misread
     train, real = x[0, :10], torch.rand(50, 2, generator=g())
-    scores, read = lso_mnist.judge_scores(Reader(), x, real, train)
+    shown = train[None] + F.one_hot(torch.tensor(9), 196) * 2  # real images: 2 from the nearest
+    scores, read = lso_mnist.judge_scores(Reader(), x, real, shown, train)
     assert scores["read"]["mean"] == pytest.approx((1 + 0.9) / 2)
     assert (~read).nonzero().tolist() == [[1, 0], [1, 1], [1, 2]]
     assert scores["confidence"]["mean"] == pytest.approx(0.7, abs=1e-4)
-    alone, _ = lso_mnist.judge_scores(Reader(), x[:1], real, train)
-    assert alone["nearest"]["mean"] == pytest.approx((0 + 3 + 4) / 3, rel=1e-4)
+    alone, _ = lso_mnist.judge_scores(Reader(), x[:1], real, shown, train)
+    assert alone["nearest"]["mean"] == pytest.approx((0 + 3 + 4) / 3 / 2, rel=1e-4)
     assert alone["diversity"]["mean"] == pytest.approx((3 + 4 + 5) / 3, rel=1e-4)
     assert alone["frechet"] > 0 and alone["read"]["std"] is None
 
@@ -390,10 +427,21 @@ def test_real_digits_come_in_turn_and_are_left_out_of_the_rest():
 
 
 def test_path_in_jumps():
-    even = torch.arange(101.0)[:, None].expand(-1, 196)
-    assert lso_mnist.path_in_jumps(even).item() == pytest.approx(0.05)
-    jump = (torch.arange(101) > 50).float()[:, None].expand(-1, 196)
-    assert lso_mnist.path_in_jumps(jump).item() == pytest.approx(1)
+    assert lso_mnist.path_in_jumps(torch.ones(100)) == pytest.approx(0.05)
+    assert lso_mnist.path_in_jumps(F.one_hot(torch.tensor(50), 100).float()) == pytest.approx(1)
+    lengths = torch.tensor([1.0] * 38 + [31.0] * 2)  # 2 of 40 steps make 62 of 100
+    assert lso_mnist.path_in_jumps(lengths) == pytest.approx(0.62)
+    assert lso_mnist.path_in_jumps(torch.zeros(40)) == 0
+
+
+def test_clearly_more_means_two_standard_errors():
+    def value(mean, std, n=4):
+        return {"mean": mean, "std": std, "n": n}
+
+    assert lso_mnist.clearly_more(value(2.0, 0.6), value(1.0, 0.6))  # error 0.424
+    assert not lso_mnist.clearly_more(value(1.8, 0.6), value(1.0, 0.6))
+    assert lso_mnist.clearly_more(value(1.1, None, 1), value(1.0, None, 1))
+    assert not lso_mnist.clearly_more(value(1.0, None, 1), value(1.0, None, 1))
 
 
 def test_reconstruction_and_classifier_scores():
@@ -492,7 +540,7 @@ def smoke(tmp_path_factory):
 
 def test_smoke_writes_everything(smoke):
     folder, report = smoke
-    names = "4_lso-1 5_lso-2 6_methods 7_sizes choices walk judged".split()
+    names = "4_lso-1 5_lso-2 6_methods 7_sizes choices walk".split()
     assert {path.name for path in folder.glob("*.*")} == {
         "config.json",
         "results.json",
@@ -515,8 +563,8 @@ def test_smoke_writes_everything(smoke):
 def test_smoke_says_what_is_true(smoke):
     _, report = smoke
     rows = {(r["row"], r["rule"], r["start"]): r for r in report["results"]["generations"]}
-    three = [key for key in rows if key[0] == "input"]
-    assert len(three) == len(RULES) + len(lso_mnist.STARTS) - 1
+    choices = [key for key in rows if key[0] == "input"]
+    assert len(choices) == len(RULES) + len(lso_mnist.STARTS) - 1
     for row in rows.values():
         if "success" in row:
             low, high = row["interval"]
@@ -610,7 +658,6 @@ def test_a_damaged_mnist_is_one_line_and_writes_nothing(refused, monkeypatch):
         ["--steps", "0"],
         ["--steps", "1e3"],
         ["--attempts", "0"],
-        ["--draws", "x"],
         ["--train-steps", "-1"],
         ["--sizes", "0"],
         ["--sizes", "197"],
