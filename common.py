@@ -69,7 +69,7 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionH
     """Help with the docstring as it stands and the default of every flag that has one."""
 
     def _get_help_string(self, action):
-        plain = action.default in (None, False)
+        plain = action.default is None or action.default is False  # 0 is a value to show
         return action.help if plain else super()._get_help_string(action)
 
 

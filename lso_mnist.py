@@ -356,8 +356,8 @@ def reconstruction_mse(nets, model, x):
 def pca_mse(x, k, *others):
     """Mean squared error per pixel of PCA with k components of x: [on x, on each of others]."""
     mean = x.mean(0)
-    _, vectors = torch.linalg.eigh(torch.cov(x.T.double()))  # ascending eigenvalues
-    top = vectors[:, -k:].to(x.dtype)
+    _, vectors = torch.linalg.eigh(torch.cov(x.T.cpu().double()))  # ascending eigenvalues
+    top = vectors[:, -k:].to(x)
     return [((y - mean - (y - mean) @ top @ top.T) ** 2).mean().item() for y in (x, *others)]
 
 
@@ -410,7 +410,7 @@ def success_scores(out):
 
 def frechet_distance(a, b):
     """Of the Gaussians with the moments of two sets of features (n, d), (m, d); in float64."""
-    a, b = a.double(), b.double()
+    a, b = a.cpu().double(), b.cpu().double()
     A, B = torch.cov(a.T), torch.cov(b.T)
     values, vectors = torch.linalg.eigh(A)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T  # A^(1/2)
@@ -528,7 +528,8 @@ def plot_walks(walks, count=12):
     for (sheet, *curves), (name, walk) in zip(axes, walks.items()):
         at = torch.linspace(0, len(walk["E"]) - 1, count).round().long()
         images = walk["x"][at].view(1, count, 1, SIDE, SIDE)
-        common.image_sheet(sheet, images, [name], at.tolist())
+        end = "success" if walk["E"][-1] <= THRESHOLD else "failure"
+        common.image_sheet(sheet, images, [f"{name}\n{end}"], at.tolist())
         for ax, values, label in zip(curves, (walk["E"], walk["S"].sqrt()), ("E", "|D|")):
             ax.plot(values, color=common.COLOURS[0], lw=1)
             ax.plot(at, values[at], "o", color=common.COLOURS[3], ms=3)
@@ -551,7 +552,7 @@ def pictures(run, args, rows, images, read, first, walks):
     run.figure(plot_digits([(x[:, 0], METHODS, range(10)), (x[:, :, 8], (), [8] * count)]),
                "6_methods", f"Figure 6: one generation of each digit, and {count} of 8")
     run.figure(plot_sizes({name: row for name, row in judged.items() if row["rule"] == args.rule}),
-               "7_sizes", "Figure 7: the size of the optimised layer")
+               "7_sizes", "Figure 7: the size of the optimised layer (all six near 20 have 20)")
 
     def choices(key, other, values):
         return {value: {row["row"]: row for row in rows if row[key] == value
@@ -575,7 +576,7 @@ def arguments(argv=None):
     add("--start", choices=STARTS, default="normal",
         help="starts like training codes: normal, uniform in their range, or codes themselves")
     add("--repeats", type=number(int, 1, 100), help="trainings of every net, side by side")
-    add("--starts", type=number(int, 20, 10**5),
+    add("--starts", type=number(int, 20, 10**4),
         help="generations per model and repeat, a multiple of 10: equally many of each digit")
     add("--steps", type=number(int, 1, 10**6), help="step limit of Algorithm 3")
     add("--attempts", type=number(int, 1, 10**4),
