@@ -534,6 +534,7 @@ def plot_walks(walks, count=12):
             ax.plot(values, color=common.COLOURS[0], lw=1)
             ax.plot(at, values[at], "o", color=common.COLOURS[3], ms=3)
             ax.set(yscale="log", xlabel="step", ylabel=label)
+            ax.tick_params(which="minor", labelleft=False)
         curves[0].axhline(THRESHOLD, color="0.5", ls=":")
     return fig
 

@@ -75,7 +75,7 @@ def lso(groups, starts=100, steps=20):
         lso_mnist.algorithm_3(
             lambda v: lso_mnist.total_squared_error(classifier(nets["decoder"](v)), wanted),
             v,
-            lso_mnist.RULES["fine"],
+            lso_mnist.RULES["fine"][0],
             steps,
         )
 
