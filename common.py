@@ -25,7 +25,7 @@ COLOURS = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#0
            "#888888"]  # Okabe and Ito's, told apart by colour-blind readers; grey for the yellow
 GLYPH_FONTS = """DejaVuSans DejaVuSans-Bold DejaVuSans-Oblique DejaVuSansMono DejaVuSansMono-Bold
     DejaVuSerif DejaVuSerif-Bold DejaVuSerif-Italic STIXGeneral STIXGeneralBol STIXGeneralItalic
-    cmr10 cmb10 cmss10 cmtt10 cmti10""".split()
+    STIXGeneralBolIta cmr10 cmb10 cmss10 cmtt10""".split()
 
 
 def note(message):
