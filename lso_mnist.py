@@ -689,19 +689,14 @@ def walk(args, name, classifier, decode, codes, digit=8):
     v = starts(args.start, codes)(10, common.generator(args.seed, f"walk {name}", args.device))
     _, success, _ = algorithm_3(lambda v: total_squared_error(classifier(decode(v)), digits), v,
                                 change, args.steps * longer, trace)
-    images, lengths, before = [], [], None
-    for v, _, _ in trace:
-        x = decode(v).clamp(0, 1)  # (R, 10, 196)
-        images.append(x[0, digit].cpu())
-        if before is not None:
-            lengths.append((x - before).norm(dim=2))
-        before = x
-    lengths = torch.stack(lengths)  # (T - 1, R, 10)
-    end = torch.where(success < 0, len(lengths), success)  # steps of each walk
+    v, E, S = zip(*trace)
+    x = torch.stack([decode(part).clamp(0, 1) for part in v])  # (T, R, 10, 196)
+    lengths = (x[1:] - x[:-1]).norm(dim=3)
+    end = torch.where(success < 0, len(lengths), success)  # steps of each walk, (R, 10)
     jumps = [path_in_jumps(lengths[:end[r, d], r, d]) for r, d in (end >= 20).nonzero().tolist()]
-    jumps = common.mean_std(torch.tensor(jumps or [math.nan]))
-    E, S = (torch.stack(part)[:end[0, digit] + 1, 0, digit].cpu() for part in list(zip(*trace))[1:])
-    return {"x": torch.stack(images[:len(E)]), "E": E.clone(), "S": S.clone(), "jumps": jumps}
+    first = {key: value[:end[0, digit] + 1, 0, digit].cpu().clone() for key, value in
+             (("x", x), ("E", torch.stack(E)), ("S", torch.stack(S)))}
+    return first | {"jumps": common.mean_std(torch.tensor(jumps or [math.nan]))}
 
 
 def print_tables(autoencoders, rows, scores):
