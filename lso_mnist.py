@@ -198,6 +198,7 @@ def discriminator_loss(nets, x, z, r1=0.3):
     x = x.detach().requires_grad_()
     real, fake = nets["discriminator"](x), nets["discriminator"](nets["decoder"](z).detach())
     (slope,) = torch.autograd.grad(real.sum(), x, create_graph=True)
+    # R1 (Mescheder et al. 2018): flat around the data, so that the two nets come to rest
     penalty = r1 / 2 * (slope ** 2).sum(-1).mean(1)
     return (F.softplus(-real) + F.softplus(fake)).mean((1, 2)) + penalty
 
@@ -304,7 +305,8 @@ def generate(error, draw, digits, rule, steps, attempts, generator, name="", che
         width = int((~out["solved"]).sum(1).max())
         if width == 0:
             break
-        index = out["solved"].int().argsort(dim=1, stable=True)[:, :width]  # failed ones first
+        # the failed ones first; repeats with fewer of them fill up with solved ones, left alone
+        index = out["solved"].int().argsort(dim=1, stable=True)[:, :width]
         wanted, again = digits.gather(1, index), ~out["solved"].gather(1, index)
         v, success, stuck = algorithm_3(lambda v: error(v, wanted), draw(width, generator), rule,
                                         steps)
@@ -414,6 +416,7 @@ def frechet_distance(a, b):
     A, B = torch.cov(a.T), torch.cov(b.T)
     values, vectors = torch.linalg.eigh(A)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T  # A^(1/2)
+    # tr (A B)^(1/2) by way of a symmetric matrix with the same eigenvalues
     cross = torch.linalg.eigvalsh(root @ B @ root).clamp(min=0).sqrt().sum()
     return (((a.mean(0) - b.mean(0)) ** 2).sum() + A.trace() + B.trace() - 2 * cross).item()
 

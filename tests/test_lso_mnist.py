@@ -100,7 +100,8 @@ def nets_and_error(dtype=torch.double):
 
 def test_a_batch_gives_what_each_start_gives_alone():
     decoder, classifier, digits, v, error = nets_and_error()
-    together, success, _ = lso_mnist.algorithm_3(lambda v: error(v, digits), v, RULES["constant"][0], 8)
+    rule = RULES["constant"][0]
+    together, success, _ = lso_mnist.algorithm_3(lambda v: error(v, digits), v, rule, 8)
     for r in range(3):
         parts = [frozen([1, 1], 1, "x") for _ in range(2)]
         for part, net in zip(parts, (decoder, classifier)):
@@ -113,7 +114,7 @@ def test_a_batch_gives_what_each_start_gives_alone():
                     parts[1](parts[0](v)), digits[r : r + 1, n : n + 1]
                 ),
                 v[r : r + 1, n : n + 1],
-                RULES["constant"][0],
+                rule,
                 8,
             )
             assert torch.allclose(alone[0, 0], together[r, n], rtol=1e-7)
@@ -164,7 +165,7 @@ def test_retries_until_success_and_their_count():
     drawn, asked = torch.zeros(2, 4, dtype=torch.long), []
 
     def draw(n, generator):
-        return torch.full((2, n, 1), -1.0)  # replaced below, where the wanted digits are known
+        return torch.full((2, n, 1), -1.0)  # replaced below
 
     def error(v, wanted):
         asked.append(wanted.clone())
