@@ -334,7 +334,7 @@ def show(value, digits=4):
 
 
 def percent(value):
-    """'64 ± 4 %' from what mean_std returns of a share."""
+    """'63.8 ± 4.1 %' from what mean_std returns of a share."""
     spread = "" if value["std"] is None else f" ± {100 * value['std']:.1f}"
     return f"{100 * value['mean']:.1f}{spread} %"
 

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 import common
 from conftest import ROOT
@@ -273,6 +274,30 @@ def test_glyphs_in_colour():
     x, _ = common.glyphs(50, 0, channels=3)
     assert x.shape == (50, 3, 28, 28) and (x[:, 0] - x[:, 1]).abs().amax() > 0.1
     assert (x.flatten(2).amax(2) - x.flatten(2).amin(2)).amax(1).min() > 0.1
+
+
+def test_percent():
+    assert common.percent({"mean": 0.6384, "std": 0.0411, "n": 5}) == "63.8 ± 4.1 %"
+    assert common.percent({"mean": 1.0, "std": None, "n": 1}) == "100.0 %"
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_image_sheet_keeps_every_image_in_its_place(channels):
+    images = torch.rand(2, 3, channels, 4, 5)
+    framed = torch.tensor([[False, True, False], [False, False, False]])
+    ax = Figure().subplots()
+    common.image_sheet(ax, images, ["a", "b"], [7, 8, 9], framed)
+    sheet = torch.as_tensor(ax.images[0].get_array()).view(12, 21, channels)
+    x, y = ax.get_xticks(), ax.get_yticks()
+    for i in range(2):
+        for j in range(3):
+            shown = sheet[6 * i + 1 : 6 * i + 5, 7 * j + 1 : 7 * j + 6]
+            assert torch.equal(shown.permute(2, 0, 1), images[i, j])
+            assert (x[j], y[i]) == (7 * j + 3, 6 * i + 2.5)  # the labels at the images' centres
+    assert (sheet[::6] == 1).all() and (sheet[:, ::7] == 1).all()
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["7", "8", "9"]
+    (frame,) = ax.patches
+    assert frame.get_bbox().bounds == (7, 0, 6, 5)  # around row 0, column 1
 
 
 def write_mnist(folder, n=5):

@@ -584,6 +584,7 @@ def test_smoke_says_what_is_true(smoke):
             assert row["solved"]["mean"] >= row["success"]["mean"] and row["attempts"] >= 1
     judged = {row["row"]: row for row in rows.values() if "read" in row}
     assert set(lso_mnist.METHODS) < set(judged)
+    assert judged["input unclipped"]["diversity"]["mean"] > judged["input"]["diversity"]["mean"]
     assert judged["real"]["frechet"] < min(
         row["frechet"] for name, row in judged.items() if name != "real"
     )
