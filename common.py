@@ -117,12 +117,12 @@ def batches(n, size, generator):
     return torch.randperm(n, generator=generator, device=generator.device).split(size)
 
 
-def compiled(function, wanted):
+def compiled(function, wanted, **options):
     """torch.compile(function) where it is wanted and a C++ compiler is there, else function."""
     if wanted and not shutil.which(os.environ.get("CXX", "g++")):
         note("note: --compile needs a C++ compiler (g++), none found: running without it")
         wanted = False
-    return torch.compile(function) if wanted else function
+    return torch.compile(function, **options) if wanted else function
 
 
 # --- the run folder ------------------------------------------------------------------------------

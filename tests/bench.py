@@ -1,11 +1,15 @@
 """Ratios against plain baselines, measured in one run, by hand: `python tests/bench.py`.
 
 Each line is the time of the plain way over that of the script's way, in turn, median of three.
+About two minutes.
 """
 
 import pathlib
+import resource
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 
 import torch
@@ -14,6 +18,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import ae_cube  # noqa: E402
 import common  # noqa: E402
 import lso_mnist  # noqa: E402
+import vae_lj_fluid  # noqa: E402
 
 
 def seconds(call):
@@ -80,8 +85,53 @@ def lso(groups, starts=100, steps=20):
         )
 
 
+def plain_fluid(program, gamma, systems, sweeps=2500, seed=1):
+    """The plain C++ Metropolis on one core: (energy, mean height, acceptance) of each system."""
+    command = [program, str(gamma), str(systems), str(sweeps), str(seed)]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    return torch.tensor([[float(x) for x in line.split()] for line in lines])
+
+
+def fluid(gamma, systems, sweeps=2500):
+    return vae_lj_fluid.metropolis(
+        vae_lj_fluid.Fluid((gamma,), systems, sweeps), f"bench {gamma}", compile=True
+    )
+
+
+def fluid_against_cpp(repeats=3):
+    """Trial moves per second of both, and their energies at the document's settings."""
+    with tempfile.TemporaryDirectory() as folder:
+        source, program = pathlib.Path(__file__).with_name("metropolis.cpp"), f"{folder}/plain"
+        subprocess.run(["g++", "-O3", "-o", program, source], check=True)
+        fluid(0.4, 5000, 50)  # compiles
+        plain, ours = [], []
+        for _ in range(repeats):
+            plain.append(100 * 2500 * 30 / seconds(lambda: plain_fluid(program, 0.4, 100)))
+            ours.append(5000 * 2500 * 30 / seconds(lambda: fluid(0.4, 5000)))
+        ratios = sorted(a / b for a, b in zip(ours, plain))
+        print(
+            f"{'vae_lj_fluid, trial moves per second: plain C++ -O3, one core / PyTorch':72s} "
+            f"{statistics.median(ratios):5.1f} x   ({ratios[0]:.1f} to {ratios[-1]:.1f}; "
+            f"{statistics.median(plain) / 1e6:.1f} and {statistics.median(ours) / 1e6:.1f} million)"
+        )
+        for gamma in vae_lj_fluid.RERUN:
+            U, height, accepted = plain_fluid(program, gamma, 400).T
+            found = fluid(gamma, 2000)
+            here, error = found["energy"][-1, 0].item(), found["error"][-1, 0].item()
+            error = (error**2 + U.var().item() / 400) ** 0.5
+            print(
+                f"  gamma {gamma}: energy {U.mean():.2f} in C++, {here:.2f} here, "
+                f"{abs(U.mean().item() - here) / error:.1f} standard errors apart; "
+                f"acceptance {accepted.mean():.3f}, {found['acceptance'].mean():.3f}"
+            )
+    fluid(0.4, 40_000, 20)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"  peak memory of this process, 40,000 chains sampled: {peak:.1f} GiB")
+
+
 if __name__ == "__main__":
     print(f"{torch.get_num_threads()} CPU threads, torch {torch.__version__}\n")
+    fluid_against_cpp()  # first: memory peaks only rise
     sweep, seeds = ae_cube.sweep("f2"), [0, 1, 2]
     ratio(
         "ae_cube f2, 16 points x 3 seeds: one after another / side by side",
