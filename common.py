@@ -354,16 +354,17 @@ def plot_curves(panels, scales):
     return fig
 
 
-def image_sheet(ax, images, rows=(), columns=(), framed=None):
+def image_sheet(ax, images, rows=(), columns=(), framed=None, cmap="gray"):
     """One sheet of images (rows, columns, C, H, W) in [0, 1], labelled at its left and top edges.
 
-    framed: (rows, columns) bool, which images get a coloured frame.
+    framed: (rows, columns) bool, which images get a coloured frame. Returns matplotlib's image.
     """
     r, c, channels, h, w = images.shape
-    sheet = torch.ones(r, c, channels, h + 2, w + 2)  # white gaps
+    white = 1.0 if cmap == "gray" else math.nan
+    sheet = torch.full((r, c, channels, h + 2, w + 2), white)  # white gaps
     sheet[..., 1:-1, 1:-1] = images.clamp(0, 1)
     sheet = sheet.permute(0, 3, 1, 4, 2).reshape(r * (h + 2), c * (w + 2), channels)
-    ax.imshow(sheet.squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    shown = ax.imshow(sheet.squeeze(-1).numpy(), cmap=cmap, vmin=0, vmax=1, interpolation="nearest")
     ax.set_xticks([(w + 2) * (j + 0.5) - 0.5 for j in range(len(columns))], columns)
     ax.set_yticks([(h + 2) * (i + 0.5) - 0.5 for i in range(len(rows))], rows)
     ax.tick_params(length=0, top=False, labeltop=True, labelbottom=False)
@@ -371,6 +372,7 @@ def image_sheet(ax, images, rows=(), columns=(), framed=None):
     for i, j in [] if framed is None else framed.nonzero().tolist():
         ax.add_patch(Rectangle(((w + 2) * j, (h + 2) * i), w + 1, h + 1, fill=False, lw=1.5,
                                edgecolor=COLOURS[3]))
+    return shown
 
 
 # --- image data ----------------------------------------------------------------------------------

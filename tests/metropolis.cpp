@@ -1,5 +1,6 @@
 // A plain Metropolis simulation of the fluid, as a student would write it:
-// metropolis GAMMA SYSTEMS SWEEPS SEED [N L T step rc]; prints a mean energy per system
+// metropolis GAMMA SYSTEMS SWEEPS SEED
+// prints energy, mean height and acceptance of each system, a line each
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>

@@ -219,22 +219,26 @@ def test_sampling_continues_exactly_after_a_kill(tmp_path, monkeypatch):
     for key in ("xy", "energy", "error", "acceptance", "height"):
         assert torch.equal(continued[key], whole[key])
     assert whole["xy"].shape == (12, 30, 2) and not torch.equal(*whole["xy"][:10].chunk(2))
-    assert whole["parameters"] == fluid._asdict() and whole["sweep"].tolist() == list(range(1, 8))
+    assert whole["sweep"].tolist() == list(range(1, 8))
     alone = lj.metropolis(fluid._replace(count=5), "kill")
     assert torch.equal(alone["xy"], whole["xy"][:5])
 
 
 def test_chains_of_several_gammas_are_recorded_apart():
-    found = lj.metropolis(lj.Fluid((0.0, 50.0), 40, 60, particles=2), "apart")
+    fluid = lj.Fluid((0.0, 50.0), 40, 60, particles=2)
+    found = lj.metropolis(fluid, "apart") | {"parameters": fluid._asdict()}
     height = found["xy"][..., 1].view(2, 20, 2).mean((1, 2))
     assert torch.allclose(found["height"][-1].float(), height)
     assert height[1] < height[0] - 1  # the second half falls
     U = [lj.energy(part.permute(2, 1, 0), gamma, lj.lennard_jones).mean().item()
          for part, gamma in zip(found["xy"].chunk(2), (0.0, 50.0))]
     assert found["energy"][-1].tolist() == pytest.approx(U, rel=1e-4)
-    rows = lj.fluid_row(found)
+    rows = lj.fluid_rows(found)
     assert [row["gamma"] for row in rows] == [0, 50] and rows[1]["energy"] == pytest.approx(U[1])
     assert rows[1]["N gamma"] == 100 and rows[0]["count"] == 20
+    half = found["energy"][25:].mean(0)  # of 50 records
+    assert [row["settled"] for row in rows] == pytest.approx(half.tolist())
+    assert rows[0]["acceptance"] == found["acceptance"][:, 0].mean().item()
 
 
 def test_contact_density_of_known_profiles():
@@ -267,8 +271,9 @@ def test_occupancy_has_a_cell_per_particle():
 @pytest.mark.parametrize("reading", ["code", "slide", "sigma"])
 def test_corruption_moves_four_particles_as_it_says(reading):
     xy = lj.by_origin(points(500)) / math.sqrt(2)
-    after, moved = lj.corrupt(xy, reading, 10.0, g())
-    assert (moved.sum(1) == 4).all() and torch.equal(after[~moved], xy[~moved])
+    found = lj.corrupt(xy, reading, 10.0, g())
+    after, moved = found["xy"] / SCALE, found["moved"]
+    assert (moved.sum(1) == 4).all() and torch.allclose(after[~moved], xy[~moved])
     step = (after - xy)[moved]
     unit = SCALE if reading == "sigma" else 1
     if reading == "code":
@@ -283,7 +288,7 @@ def test_corruption_moves_four_particles_as_it_says(reading):
 
 def test_blocks_are_black_symmetric_and_everywhere():
     d = lj.distance_matrix(points(4000)) + 1
-    black, where = lj.black_out(d, 6, g())
+    black, where = lj.black_out(d, 6, g()).values()
     assert torch.equal(where, where.transpose(2, 3)) and torch.equal(black == 0, where)
     assert torch.equal(black[~where], d[~where])
     count = where.flatten(1).sum(1)
@@ -432,6 +437,8 @@ def test_the_tumbler_keeps_distances_and_sits_a_side_of_the_hull_on_the_floor():
     assert torch.allclose(apart(sat), apart(xy), atol=1e-9)
     lowest = sat[..., 1].sort(1).values
     assert (lowest[:, :2].abs() < 1e-9).all() and (lowest[:, 2] > 1e-9).all()
+    before, after = (torch.linalg.det(x[:, 1:3] - x[:, :1]) for x in (xy, sat))
+    assert torch.allclose(before, after)  # turned, not mirrored
     middle = (sat[..., 0].amax(1) + sat[..., 0].amin(1)) / 2
     assert torch.allclose(middle, torch.full((50,), 5.0, dtype=torch.double))
 
@@ -491,6 +498,7 @@ def test_area_under_the_roc_is_the_share_of_rightly_ordered_pairs():
     assert area == pytest.approx((b[:, None] > a).double().mean().item(), abs=1e-9)
     assert false[0] == true[0] == 0 and false[-1] == true[-1] == 1
     assert lj.roc(b, b + 9)[2] == 1 and lj.roc(b + 9, b)[2] == 0
+    assert lj.roc(b, b)[2] == pytest.approx(0.5) and lj.roc(a * 0, b * 0)[2] == 0.5
 
 
 def test_principal_axes_and_code_figures():
@@ -545,7 +553,7 @@ def test_anomaly_rows_of_a_net_that_halves_everything():
     assert torch.allclose(normal["error"], (x**2).flatten(1).mean(1) / 4)
     rows, found = lj.anomaly_rows(HALF, model, normal, gammas, {"same": x, "far": x[:200] + 30})
     rows = {row["set"]: row for row in rows}
-    assert rows["same"]["RMSE"] == pytest.approx(0.5, abs=0.001) and rows["far"]["RMSE"] == 1
+    assert rows["same"]["RMSE"] == pytest.approx(0.5) and rows["far"]["RMSE"] == 1
     assert rows["far"]["RMSE + KL"] == 1 and rows["far"]["nearest gamma"] == 1
     assert rows["same"]["rmse"] == rows["test"]["rmse"]
     rmse = (x[gammas == 1] ** 2).flatten(1).mean(1).sqrt() / 2
@@ -561,13 +569,35 @@ def test_anomaly_rows_of_a_net_that_halves_everything():
 def test_missing_rows_of_a_net_that_halves_everything():
     d = torch.rand(50, 1, 3, 3, generator=g()) + 1
     mean = torch.full((1, 3, 3), 1.5)
-    (row,), shown = lj.missing_rows(HALF, lj.Model(latent=9), d, mean, [3], g())
-    # the block is all: black stays black, filled comes back as half of the mean
+    hidden = {size: lj.black_out(d, size, g()) for size in (1, 3)}
+    (part, row), sheet = lj.missing_rows(HALF, lj.Model(latent=9), d, mean, hidden)
+    # a block of 3 is all: black stays black, filled comes back as half of the mean
     assert row["black inside"] == pytest.approx((d**2).mean().sqrt().item())
     assert row["filled inside"] == pytest.approx(((d - 0.75) ** 2).mean().sqrt().item())
-    assert row["baseline"] == pytest.approx(((d - 1.5) ** 2).mean().sqrt().item())
-    assert row["intact"] == pytest.approx((d**2).mean().sqrt().item() / 2)
-    assert shown.shape == (4, 1, 3, 3) and torch.equal(shown[0, 0], d[0, 0])
+    assert row["mean inside"] == pytest.approx(((d - 1.5) ** 2).mean().sqrt().item())
+    assert row["whole inside"] == pytest.approx((d**2).mean().sqrt().item() / 2)
+    assert sheet.shape == (4, 2, 3, 3) and torch.equal(sheet[0, 0], d[0, 0])
+    where = hidden[1]["where"]
+    for key in ("whole", "black", "filled"):  # what is outside is untouched
+        rest = (d**2)[~where].mean().sqrt().item() / 2
+        assert part[f"{key} outside"] == pytest.approx(rest)
+    assert part["black inside"] == pytest.approx((d**2)[where].mean().sqrt().item())
+
+
+def test_probe_of_a_net_that_halves_everything():
+    d = torch.rand(300, 1, 3, 3, generator=g())
+    normal = lj.evaluate(HALF, lj.Model(latent=9), d * torch.arange(9.0).view(3, 3))
+    mean = d.mean(0)
+    figures, sheet = lj.probe(HALF, normal, d, mean, g("draw"), count=2)
+    assert figures["top"] == [8, 7] and figures["cosine"] == 0  # a dimension is an entry
+    assert sheet.shape == (5, 7, 3, 3) and (sheet[0, 0] == 0).all()
+    assert torch.equal(sheet[0, 1], mean[0]) and torch.equal(sheet[0, 2], d[0, 0])
+    walk = torch.zeros(7, 3, 3)
+    walk[:, 2, 2] = torch.linspace(-1.5, 1.5, 7)
+    assert torch.allclose(sheet[1], walk)
+    assert (sheet[3].flatten(1)[:, :7] == 0).all() and (sheet[3].flatten(1)[:, 7:] != 0).all()
+    assert torch.equal(sheet[4].flatten(1)[:, 7:], sheet[3].flatten(1)[:, 7:])
+    assert (sheet[4] != 0).all() and figures["kl by dimension"] == normal["kl"].mean(0).tolist()
 
 
 def test_representation_row_has_the_trivial_predictor_beside_it():
@@ -582,8 +612,10 @@ def test_representation_row_has_the_trivial_predictor_beside_it():
     rest = (test - mean).flatten(1).double()
     rest = rest - rest @ V[:4].T @ V[:4]
     assert row["pca"] == pytest.approx((rest**2).mean().item(), rel=1e-3)
-    assert row["error"] == pytest.approx(((x_hat - test) ** 2).mean().item(), rel=1e-4)
-    d = lj.tidy(x_hat)
+    whole = lj.evaluate(nets, model, test)["x_hat"]
+    assert row["error"] == pytest.approx(((whole - test) ** 2).mean().item(), rel=1e-4)
+    assert torch.equal(x_hat, whole[:1])
+    d = lj.tidy(whole)
     rmse = SCALE * ((d - test) ** 2).mean().sqrt().item()
     assert row["distance rmse"] == pytest.approx(rmse, rel=1e-4)
     upper = torch.triu(torch.ones(6, 6), 1) > 0
@@ -603,7 +635,13 @@ def test_geometry_of_a_perfect_reconstruction():
     gammas = torch.tensor([0.1, 1.0]).double().repeat(20)
     test = lj.by_origin(points(40) / math.sqrt(2))
     figures, arrays = lj.geometry(lj.distance_matrix(test), test, gammas, 10.0)
-    assert figures["js"] == 0 and figures["gram error"] < 1e-9
+    assert figures["js pairs"] == 0 and figures["gram error"] < 1e-9
+    U = lj.energy(SCALE * test.permute(2, 1, 0), gammas, lambda r2: torch.where(
+        r2 >= 1, lj.lennard_jones(r2), 0.0))
+    assert torch.allclose(arrays["energies"][0], U)
+    # tumbled points have the same pairs and less weight
+    fallen = gammas * (arrays["points"] - arrays["tumbled"])[..., 1].sum(1)
+    assert torch.allclose(arrays["energies"][1], U - fallen)
     assert figures["procrustes rmse"] < 1e-9 and figures["share"] == pytest.approx(1)
     for row in figures["heights"]:
         true = SCALE * test[gammas == row["gamma"]][..., 1].mean().item()
@@ -626,45 +664,172 @@ def test_smoke_writes_everything(smoke):
     for name in ("equilibrium", "representations", "matrices", "latent", "energies", "anomalies",
                  "missing", "probe"):
         assert (folder / f"fig_{name}.png").stat().st_size > 20_000
-    sets = {"fluid-0.1", "fluid-0.4", "fluid-0.7", "fluid-1", "unseen", "fake", "long"}
+    sampled = {"fluid-0.1", "fluid-0.4", "fluid-0.7", "fluid-1", "unseen", "fake", "long"}
+    derived = {"random", "corrupted-code", "corrupted-slide", "corrupted-sigma"} | {
+        f"blacked-out-{size}" for size in lj.SIZES}
     nets = {name.replace(", ", "-").replace(" ", "-") for name in lj.MODELS}
-    assert {p.stem for p in (folder / "units").iterdir()} == sets | nets | {
+    assert {p.stem for p in (folder / "units").iterdir()} == sampled | derived | nets | {
         "latent-5", "lambda-0.0035"}
-    for name in sets:
-        found = torch.load(folder / f"units/{name}.pt", weights_only=True)["result"]
+    for name in sampled:
+        found = unit(folder, name)
         xy, parameters = found["xy"], found["parameters"]
         assert xy.shape == (parameters["count"], 30, 2) and (xy > 0).all() and (xy < 10).all()
-        assert parameters["temperature"] == 0.75 and parameters["box"] == 10
-        assert set(parameters) == set(lj.Fluid._fields)
+        assert set(parameters) == {*lj.Fluid._fields, "step", "cutoff"}
+        wanted = {"fake": (0.5,), "unseen": (3.0,), "long": (0.1, 0.4, 0.7, 1.0)}
+        assert parameters["gamma"] == wanted.get(name, (float(name[6:] or 0),) if (
+            name.startswith("fluid")) else None)
+        assert parameters["sweeps"] == {"fake": 80, "long": 80}.get(name, 40)
+        assert parameters["potential"] == ("fake" if name == "fake" else "lennard-jones")
+        assert parameters["cutoff"] == (math.inf if name == "fake" else 3.0)
+        assert (parameters["temperature"], parameters["box"], parameters["step"]) == (0.75, 10, 0.2)
+    table = (folder / "metrics.csv").read_text()
+    assert "fluid-0.1,0.1,40," in table.replace(",,", ",") and "long" in table
 
 
-def test_smoke_says_what_is_true(smoke):
-    _, report = smoke
-    results = report["results"]
-    rows = {row["model"]: row for row in results["representations"]}
-    assert set(rows) == set(lj.MODELS)
-    for claim in report["claims"]:
-        name = claim["claim"].split(" fails")[0]
-        if name in rows and "fails" in claim["claim"]:
-            assert claim["holds"] == (rows[name]["error"] > rows[name]["trivial"] / 2)
-    by_name = {claim["claim"]: claim for claim in report["claims"]}
-    assert by_name["MSE, 1 epochs"]["holds"] is (results["training"][-1]["test error"] < 0.00135)
-    assert not by_name["γ = 1: settled after 40 sweeps (3 standard errors)"]["holds"]
-    assert len(results["fluid"]) == 4 and results["geometry"]["gram error"] < 1e-4
-    assert [row["set"] for row in results["anomalies"]][:2] == ["test", "γ = 3"]
+def unit(folder, name):
+    return torch.load(folder / f"units/{name}.pt", weights_only=True)["result"]
 
 
-def test_sets_of_an_earlier_run_are_reused_and_checked(smoke, refused, capsys):
+def test_smoke_measures_the_sets_that_it_saved(smoke):
+    """Every anomalous set again, from its file and the saved net, beside the row of the table."""
     folder, report = smoke
-    again = lj.main(["--preset", "smoke", "--out", "again", "--sets", str(folder),
-                     "--lambdas", "0.00035"])
-    assert again["results"]["fluid"] == report["results"]["fluid"]
-    capsys.readouterr()
-    line = refused(lj.main, ["--preset", "smoke", "--out", "other", "--sets", str(folder),
-                             "--temperature", "0.8"])
-    assert "fluid-0.1" in line and "temperature 0.75" in line
-    line = refused(lj.main, ["--preset", "smoke", "--out", str(folder), "--sweeps", "41"])
+    rows = {row["set"]: row for row in report["results"]["anomalies"]}
+    model = lj.MODELS[lj.MAIN]
+    nets = lj.build(model, 30, g())
+    nets.load_state_dict(unit(folder, "distances-conv")["state"])
+    xy = torch.cat([unit(folder, f"fluid-{name}")["xy"] for name in ("0.1", "0.4", "0.7", "1")])
+    test = lj.by_origin(xy[torch.randperm(200, generator=common.generator(0, "split"))])[160:]
+    sets = {"test": test, **{name: lj.by_origin(unit(folder, name)["xy"]) for name in (
+        "unseen", "fake", "random")}}
+    for reading in ("code", "slide", "sigma"):
+        found = unit(folder, f"corrupted-{reading}")
+        assert torch.allclose(found["xy"][~found["moved"]], test[~found["moved"]], atol=1e-5)
+        sets[f"corrupted-{reading}"] = found["xy"]
+    for name, xy in sets.items():
+        out = lj.evaluate(nets, model, lj.distance_matrix(xy / SCALE))
+        rmse = out["error"].sqrt().mean().item()
+        assert rows[name]["rmse"]["mean"] == pytest.approx(rmse, rel=1e-4)
+    assert (sets["random"] > 9).any() and sets["random"].max() < 10
+    hidden = unit(folder, "blacked-out-6")
+    d = lj.distance_matrix(test / SCALE)
+    assert torch.allclose(hidden["d"][~hidden["where"]], d[~hidden["where"]], atol=1e-6)
+    last = lj.evaluate(nets, model, d, noise=True)
+    row = report["results"]["training"][-1]
+    assert row["epoch"] == 2 and row["test error"] == pytest.approx(last["error"].mean().item())
+    assert [row["epoch"] for row in report["results"]["sweeps"]] == [1, 1, 1]
+
+
+GOOD = {  # what makes every claim hold, and one that breaks it: path in results, good, bad
+    "MSE": ("training.-1.error", 0.00134, 0.00136),
+    "KL per": ("training.-1.kl", 2.2, 2.21),
+    "variance": ("codes.axes", [0.06, 0.05], [0.04, 0.03]),
+    "energies": ("geometry.js", 0.18, 0.19),
+    "Gram": ("geometry.gram error", 1e-6, 1e-2),
+    "lower test MSE with larger": ("sweeps.1.test error", 0.004, 0.001),
+    "lower test MSE with lower": ("sweeps.2.test error", 0.004, 0.001),
+    "distances, conv works": ("representations.0.error", 0.4, 0.6),
+    "coordinates, dense fails": ("representations.1.error", 0.6, 0.4),
+    "grid, conv fails": ("representations.5.error", 0.6, 0.4),
+    "codes lie": ("codes.nearest is own", 0.51, 0.49),
+    "unseen": ("anomalies.1.nearest gamma", 1.0, 0.7),
+    "fake": ("anomalies.2.rmse.mean", 0.14, 0.16),
+    "random: separable": ("anomalies.3.RMSE", 0.91, 0.89),
+    "random: codes": ("anomalies.3.spread", 1.2, 1.05),
+    "corrupted-code: RMSE": ("anomalies.4.RMSE", 0.91, 0.89),
+    "corrupted-slide: the whole": ("change of the rest.corrupted-slide", 0.6, 0.4),
+    "blacked-out": ("missing.4.black inside", 0.1, 0.3),
+    "zero latent": ("probe.texture.zero", 0.01, 0.03),
+    "each dimension": ("probe.cosine", 0.4, 0.6),
+    "draws along": ("probe.share.drawn", 0.90, 0.93),
+    "γ = 0.1: settled": ("fluid.0.energy", -9.9, -12.0),
+    "γ = 1: settled": ("fluid.3.contact", 29.0, 26.0),
+    "acceptance": ("fluid.1.acceptance", 0.665, 0.645),
+    "height": ("fluid.2.height / L", 0.193, 0.21),
+}
+
+
+def put(results, path, value):
+    *keys, last = [int(key) if key.lstrip("-").isdigit() else key for key in path.split(".")]
+    for key in keys:
+        results = results[key]
+    results[last] = value
+
+
+def held(results):
+    rows = lj.net_claims(results, 2) + lj.anomaly_claims(results, 3.0) + lj.fluid_claims(
+        results, True)
+    return {claim: holds for claim, _, _, holds in rows}
+
+
+@pytest.fixture(scope="module")
+def flawless(smoke):
+    """Smoke's results with figures under which all claims hold."""
+    results = json.loads(json.dumps(smoke[1]["results"]))
+    for row in results["representations"]:
+        row |= {"trivial": 1.0, "error": 0.6}
+    for row in results["sweeps"]:
+        row["test error"] = 0.003
+    for k, row in enumerate(results["anomalies"]):
+        row |= {"nearest gamma": 0.4, "RMSE": 0.95}
+        row["rmse"]["mean"] = 0.1
+    results["anomalies"][1]["nearest gamma"] = 1.0
+    results["change of the rest"] = dict.fromkeys(results["change of the rest"], 0.7)
+    for row in results["missing"]:
+        row |= {"black inside": 0.1, "mean inside": 0.2}
+    results["probe"]["texture"]["reconstructed"] = 0.1
+    results["probe"]["share"]["reconstructed"] = 0.94
+    for row, end in zip(results["fluid"], results["long"]):
+        row |= {"energy": -10.0, "error": 0.3, "contact error": 1.0, "contact": row["N gamma"]}
+        row |= dict(zip(("acceptance", "height / L"), lj.RERUN[row["gamma"]]))
+        end |= {"settled": -10.0, "error": 0.4}
+    for path, good, _ in GOOD.values():
+        put(results, path, good)
+    return results
+
+
+def test_all_claims_hold_for_flawless_figures(flawless):
+    assert all(held(flawless).values()) and len(held(flawless)) == 37
+
+
+@pytest.mark.parametrize("claim", GOOD)
+def test_each_claim_fails_by_its_own_figure_alone(claim, flawless):
+    path, _, bad = GOOD[claim]
+    broken = json.loads(json.dumps(flawless))
+    put(broken, path, bad)
+    (failed,) = [name for name, holds in held(broken).items() if not holds]
+    assert failed.startswith(claim)
+
+
+def test_claims_that_need_more_than_was_run_are_left_out(flawless):
+    single = json.loads(json.dumps(flawless))
+    single["sweeps"] = single["sweeps"][:1]
+    single["fluid"], single["long"] = single["fluid"][:1], single["long"][:1]
+    text = " ".join(row[0] for row in lj.net_claims(single, 2))
+    assert "lower test MSE" not in text and "codes lie" not in text
+    assert len(lj.fluid_claims(flawless, False)) == 4  # not the authors' settings
+
+
+def test_a_set_with_other_parameters_is_refused(smoke, refused, capsys):
+    folder, _ = smoke
+    line = refused(lj.main, ["--preset", "smoke", "--out", str(folder), "--sweeps", "39"])
     assert "--sweeps 40" in line
+    shutil.copytree(folder, "copy")
+    found = torch.load("copy/units/unseen.pt", weights_only=True)
+    found["result"]["parameters"]["temperature"] = 0.8
+    torch.save(found, "copy/units/unseen.pt")
+    capsys.readouterr()
+    line = refused(lj.main, ["--preset", "smoke", "--out", "copy"])
+    assert "unseen.pt" in line and "temperature 0.8" in line
+
+
+@pytest.mark.parametrize("argv", [
+    ["--gammas", "0.5", "--particles", "8", "--unseen", "0.5", "--latents", "40", "--lambdas", "0"],
+    ["--gammas", *"01234567", "--epochs", "1", "--temperature", "0.01", "--box", "30"],
+])  # fmt: skip
+def test_unusual_flags_work(argv):
+    report = lj.main(["--preset", "smoke", "--out", "run", "--configurations", "25", "--sweeps", "3",
+                      "--long-sweeps", "6", "--chains", "2", "--anomalies", "20", *argv])  # fmt: skip
+    assert os.path.exists("run/fig_probe.png") and report["claims"]
 
 
 @pytest.mark.parametrize("part", ["long.checkpoint", "distances-conv.checkpoint", "grid-conv.pt"])
@@ -710,10 +875,12 @@ def test_kill_and_continue_equals_an_undisturbed_run(part, smoke):
         ["--epochs", "1", "--other-epochs", "2"],
         ["--latents", "1"],
         ["--lambdas", "-1"],
-        ["--sets", "nowhere"],
+        ["--long-sweeps", "4999"],
+        ["--gammas", *"123456789"],
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(argv, refused):
     line = refused(lj.main, argv)
-    assert argv[0] in line or argv[-2] in line or "--box" in line
+    told = {"--particles": "--box", "--epochs": "--epochs 1"}.get(argv[0], argv[0])
+    assert told in line or argv[0] in line
     assert os.listdir() == []
