@@ -6,6 +6,7 @@ To take one script away, copy it together with this file.
 import argparse
 import contextlib
 import csv
+import functools
 import hashlib
 import io
 import json
@@ -119,10 +120,15 @@ def batches(n, size, generator):
 
 def compiled(function, wanted, **options):
     """torch.compile(function) where it is wanted and a C++ compiler is there, else function."""
-    if wanted and not shutil.which(os.environ.get("CXX", "g++")):
-        note("note: --compile needs a C++ compiler (g++), none found: running without it")
-        wanted = False
-    return torch.compile(function, **options) if wanted else function
+    possible = wanted and has_compiler(os.environ.get("CXX", "g++"))
+    return torch.compile(function, **options) if possible else function
+
+
+@functools.cache  # one note is enough
+def has_compiler(name):
+    if not shutil.which(name):
+        note(f"note: --compile needs a C++ compiler ({name}), none found: running without it")
+    return bool(shutil.which(name))
 
 
 # --- the run folder ------------------------------------------------------------------------------

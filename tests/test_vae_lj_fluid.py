@@ -827,8 +827,8 @@ def test_a_set_with_other_parameters_is_refused(smoke, refused, capsys):
     ["--gammas", *"01234567", "--epochs", "1", "--temperature", "0.01", "--box", "30"],
 ])  # fmt: skip
 def test_unusual_flags_work(argv):
-    report = lj.main(["--preset", "smoke", "--out", "run", "--configurations", "25", "--sweeps", "3",
-                      "--long-sweeps", "6", "--chains", "2", "--anomalies", "20", *argv])  # fmt: skip
+    few = "--configurations 25 --sweeps 3 --long-sweeps 6 --chains 2 --anomalies 20".split()
+    report = lj.main(["--preset", "smoke", "--out", "run", *few, *argv])
     assert os.path.exists("run/fig_probe.png") and report["claims"]
 
 
