@@ -576,8 +576,8 @@ def anomaly_rows(nets, model, normal, gammas, sets):
     set's evaluation `normal`, whose configurations have the gammas (C,): rows, {name: evaluation}.
 
     nearest gamma: whose mean code is nearest to the set's; spread: mean distance from the mean
-    code, by that of this gamma's configurations; RMSE, RMSE + KL: areas under the ROC curve against
-    the test set; RMSE there: against those with the nearest gamma.
+    code, by that of this gamma's configurations; AUROC: areas under the ROC curve against the test
+    set; there: by RMSE, against those with the nearest gamma.
     """
     def scores(found):
         rmse, kl = found["error"].sqrt(), found["kl"].sum(1)
@@ -599,7 +599,8 @@ def anomaly_rows(nets, model, normal, gammas, sets):
         fair = roc(base[gammas == near], both[0])[2]
         rows.append({"set": name, "rmse": common.mean_std(both[0]), "kl": out["kl"].mean().item(),
                      "nearest gamma": near, "spread": width(mu) / width(codes[near]),
-                     "RMSE there": fair, **{key: area for key, (*_, area) in out["roc"].items()}})
+                     "AUROC there": fair,
+                     **{f"AUROC {key}": area for key, (*_, area) in out["roc"].items()}})
     return rows, arrays
 
 
@@ -1068,17 +1069,19 @@ def anomaly_claims(results, unseen):
         beside = " or ".join(f"{f:g}" for f in near)
         table.append((f"{name} (γ = {g:g}): beside γ = {beside}, RMSE at most 1.5 times", "yes",
                       f"γ = {row['nearest gamma']:g}; "
-                      f"{row['rmse']['mean']:.4f}, {usual:.4f}; area under ROC {row['RMSE']:.2f}",
+                      f"{row['rmse']['mean']:.4f}, {usual:.4f}; area under ROC "
+                      f"{row['AUROC RMSE']:.2f}",
                       row["nearest gamma"] in near and row["rmse"]["mean"] <= 1.5 * usual))
     table += [("random: separable by RMSE (area under ROC above 0.9)", "yes",
-               f"{random['RMSE']:.3f}; RMSE + KL {random['RMSE + KL']:.3f}; from γ = "
-               f"{random['nearest gamma']:g} {random['RMSE there']:.3f}", random["RMSE"] > 0.9),
+               f"{random['AUROC RMSE']:.3f}; RMSE + KL {random['AUROC RMSE + KL']:.3f}; from γ = "
+               f"{random['nearest gamma']:g} {random['AUROC there']:.3f}",
+               random["AUROC RMSE"] > 0.9),
               (f"random: codes spread more (than γ = {random['nearest gamma']:g}, by a tenth)",
                "yes", f"{random['spread']:.2f} times", random["spread"] > 1.1)]
     for name, change in results["change of the rest"].items():
         table += [(f"{name}: RMSE reflects it (area above 0.9)", "yes",
-                   f"{sets[name]['RMSE']:.3f}; RMSE + KL {sets[name]['RMSE + KL']:.3f}",
-                   sets[name]["RMSE"] > 0.9),
+                   f"{sets[name]['AUROC RMSE']:.3f}; RMSE + KL {sets[name]['AUROC RMSE + KL']:.3f}",
+                   sets[name]["AUROC RMSE"] > 0.9),
                   (f"{name}: the whole matrix shifts (untouched pairs half as much)", "yes",
                    f"{change:.2f} times the touched", change > 0.5)]
     hidden, texture, share = results["missing"], *(
@@ -1122,31 +1125,17 @@ def fluid_claims(results, faithful):
 
 def print_tables(results):
     """Everything measured, before the closing table."""
-    def table(rows, columns):
-        def cell(row, key, form):
-            value = row.get(key)
-            return "-" if value is None else common.show(value) if key == "rmse" else (
-                f"{value:{form}}")
-        print()
-        common.print_table(list(columns), [[cell(row, *column) for column in columns.values()]
-                                           for row in rows])
-    table([*results["fluid"], *results["long"]], {
-        "γ": ("gamma", "g"), "systems": ("count", ""), "sweeps": ("sweeps", ""),
-        "energy": ("energy", ".2f"), "±": ("error", ".2f"), "acceptance": ("acceptance", ".3f"),
-        "height / L": ("height / L", ".3f"), "contact": ("contact", ".2f"),
-        "± ": ("contact error", ".2f"), "N γ": ("N gamma", "g")})
-    table(results["representations"], {
-        "representation, net": ("model", ""), "error": ("error", ".4f"),
-        "trivial": ("trivial", ".4f"), "by height": ("rows", ".4f"), "PCA": ("pca", ".4f"),
-        "KL": ("kl", ".2f"), "distances / σ": ("distance rmse", ".2f"),
-        "overlaps": ("overlaps", ".1f"), "true": ("overlaps true", ".1f")})
-    table(results["anomalies"], {
-        "set": ("set", ""), "RMSE": ("rmse", ""), "KL": ("kl", ".2f"),
-        "at γ": ("nearest gamma", "g"), "spread": ("spread", ".2f"), "AUROC, RMSE": ("RMSE", ".3f"),
-        "RMSE + KL": ("RMSE + KL", ".3f"), "RMSE, at γ": ("RMSE there", ".3f")})
-    table(results["geometry"]["heights"], {
-        "γ": ("gamma", "g"), "mean height / σ": ("true", ".2f"), "tumbled": ("tumbled", ".2f"),
-        "reconstructed, tumbled": ("reconstructed", ".2f")})
+    def cell(value):
+        if isinstance(value, dict):
+            return common.show(value)
+        return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else value
+    tables = {"the fluid": results["fluid"], "the long run": results["long"],
+              "representations": results["representations"], "anomalies": results["anomalies"],
+              "missing data": results["missing"], "heights": results["geometry"]["heights"]}
+    for name, rows in tables.items():
+        keys = list(dict.fromkeys(key for row in rows for key in row))
+        print(f"\n{name}")
+        common.print_table(keys, [[cell(row.get(key)) for key in keys] for row in rows])
 
 
 def study_fluid(run, args, sets):

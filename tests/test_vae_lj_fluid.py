@@ -553,8 +553,8 @@ def test_anomaly_rows_of_a_net_that_halves_everything():
     assert torch.allclose(normal["error"], (x**2).flatten(1).mean(1) / 4)
     rows, found = lj.anomaly_rows(HALF, model, normal, gammas, {"same": x, "far": x[:200] + 30})
     rows = {row["set"]: row for row in rows}
-    assert rows["same"]["RMSE"] == pytest.approx(0.5) and rows["far"]["RMSE"] == 1
-    assert rows["far"]["RMSE + KL"] == 1 and rows["far"]["nearest gamma"] == 1
+    assert rows["same"]["AUROC RMSE"] == pytest.approx(0.5) and rows["far"]["AUROC RMSE"] == 1
+    assert rows["far"]["AUROC RMSE + KL"] == 1 and rows["far"]["nearest gamma"] == 1
     assert rows["same"]["rmse"] == rows["test"]["rmse"]
     rmse = (x[gammas == 1] ** 2).flatten(1).mean(1).sqrt() / 2
     assert rows["test, γ = 1"]["rmse"]["mean"] == pytest.approx(rmse.mean().item())
@@ -734,9 +734,9 @@ GOOD = {  # what makes every claim hold, and one that breaks it: path in results
     "codes lie": ("codes.nearest is own", 0.51, 0.49),
     "unseen": ("anomalies.1.nearest gamma", 1.0, 0.7),
     "fake": ("anomalies.2.rmse.mean", 0.14, 0.16),
-    "random: separable": ("anomalies.3.RMSE", 0.91, 0.89),
+    "random: separable": ("anomalies.3.AUROC RMSE", 0.91, 0.89),
     "random: codes": ("anomalies.3.spread", 1.2, 1.05),
-    "corrupted-code: RMSE": ("anomalies.4.RMSE", 0.91, 0.89),
+    "corrupted-code: RMSE": ("anomalies.4.AUROC RMSE", 0.91, 0.89),
     "corrupted-slide: the whole": ("change of the rest.corrupted-slide", 0.6, 0.4),
     "blacked-out": ("missing.4.black inside", 0.1, 0.3),
     "zero latent": ("probe.texture.zero", 0.01, 0.03),
@@ -773,7 +773,7 @@ def flawless(smoke):
     for row in results["sweeps"]:
         row["test error"] = 0.003
     for k, row in enumerate(results["anomalies"]):
-        row |= {"nearest gamma": 0.4, "RMSE": 0.95}
+        row |= {"nearest gamma": 0.4, "AUROC RMSE": 0.95}
         row["rmse"]["mean"] = 0.1
     results["anomalies"][1]["nearest gamma"] = 1.0
     results["change of the rest"] = dict.fromkeys(results["change of the rest"], 0.7)
