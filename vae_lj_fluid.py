@@ -12,9 +12,9 @@ r_ij / (L sqrt 2) of their last configurations, four gammas together, by minimis
 
 and is asked for energies, coordinates, anomalies, missing data and the meaning of its dimensions.
 
-    python vae_lj_fluid.py                          everything: about 13 minutes on 2 CPU cores
-    python vae_lj_fluid.py --lambdas 0.000035 0.035 two other weights of the KL, in the same folder
-    python vae_lj_fluid.py --sweeps 10000 --out out/settled     a fluid nearer to equilibrium
+    python vae_lj_fluid.py                           everything: about 13 minutes on 2 CPU cores
+    python vae_lj_fluid.py --lambdas 0.000035 0.035  two other weights of the KL, in the same folder
+    python vae_lj_fluid.py --sweeps 10000 --out out/settled    a fluid nearer to equilibrium
 
 A run leaves figures, results.json, metrics.csv, the nets and the sets of data with all their
 parameters (units/*.pt) in out/vae_lj_fluid-<preset>. It has not been timed on a GPU.
