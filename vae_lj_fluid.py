@@ -687,10 +687,10 @@ def show_matrix(ax, matrix, title="", limit=1.0, cmap="viridis"):
     return picture
 
 
-def show_points(ax, points, box, title="", colour=common.COLOURS[0], **style):
+def show_points(ax, points, box, title="", colour=common.COLOURS[0]):
     """Particles in the box, which is drawn even where they have left it."""
     ax.plot([0, box, box, 0, 0], [0, 0, box, box, 0], color="0.6", lw=0.8)
-    ax.plot(*points.T, "o", ms=4, color=colour, **style)
+    ax.plot(*points.T, "o", ms=4, color=colour)
     ax.set(aspect="equal", xticks=[], yticks=[], xlim=(-0.08 * box, 1.08 * box),
            ylim=(-0.08 * box, 1.08 * box))
     ax.set_title(title, fontsize="small")

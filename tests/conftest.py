@@ -1,7 +1,11 @@
 """Tests run offline, on the CPU, from any folder."""
 
+import os
 import pathlib
+import signal
+import subprocess
 import sys
+import time
 
 import pytest
 
@@ -27,5 +31,30 @@ def refused(capsys):
             error
         )
         return error
+
+    return check
+
+
+@pytest.fixture
+def killed_and_continued():
+    """Run a script's smoke preset in ./run, kill -9 it once run/units/<part> is there, and run the
+    same command again: what that prints."""
+
+    def check(script, part):
+        code = f"import common; common.Checkpoint.every = 0; import {script}; {script}.main()"
+        command = [sys.executable, "-c", code, "--preset", "smoke", "--out", "run"]
+        environment = dict(os.environ, PYTHONPATH=str(ROOT))
+        process = subprocess.Popen(
+            command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        deadline = time.time() + 120
+        while not pathlib.Path("run/units", part).exists() and time.time() < deadline:
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert not os.path.exists("run/results.json")
+        second = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert second.returncode == 0, second.stderr
+        return second.stdout
 
     return check

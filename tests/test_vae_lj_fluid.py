@@ -5,10 +5,7 @@ import math
 import os
 import pathlib
 import shutil
-import signal
 import subprocess
-import sys
-import time
 
 import pytest
 import torch
@@ -836,24 +833,11 @@ def test_unusual_flags_work(argv):
 
 
 @pytest.mark.parametrize("part", ["long.checkpoint", "distances-conv.checkpoint", "grid-conv.pt"])
-def test_kill_and_continue_equals_an_undisturbed_run(part, smoke):
+def test_kill_and_continue_equals_an_undisturbed_run(part, smoke, killed_and_continued):
     """A real kill -9, in the middle of a unit or between two, then the same command again."""
-    code = "import common; common.Checkpoint.every = 0; import vae_lj_fluid; vae_lj_fluid.main()"
-    command = [sys.executable, "-c", code, "--preset", "smoke", "--out", "run"]
-    environment = dict(os.environ, PYTHONPATH=str(ROOT))
-    process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    deadline = time.time() + 120
-    while not pathlib.Path("run/units", part).exists() and time.time() < deadline:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not os.path.exists("run/results.json")
-    second = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert second.returncode == 0, second.stderr
+    out = killed_and_continued("vae_lj_fluid", part)
     told = "continuing" if part.endswith("checkpoint") else "reused"
-    assert f"{told} {pathlib.Path(part).stem}" in second.stdout
+    assert f"{told} {pathlib.Path(part).stem}" in out
     assert json.load(open("run/results.json"))["results"] == smoke[1]["results"]
     assert open("run/metrics.csv").read() == open(smoke[0] / "metrics.csv").read()
 
