@@ -15,6 +15,7 @@ p(x|z) = N(x_hat, 1/2), up to 512 log pi (1536 log pi with three colours), and p
     python frozen_encoder_vae.py                        24 models: about 15 minutes on 2 CPU cores
     python frozen_encoder_vae.py --objective corrected --out out/corrected    the true bound
     python frozen_encoder_vae.py --repeats 2 --anova    a second repeat, and chapter 5's statistics
+    python frozen_encoder_vae.py --dataset svhn --preset paper --out out/svhn    Table 5.10
 
 `torchrun --nproc_per_node 4 frozen_encoder_vae.py --preset paper` shares the models among processes
 that see one folder, each with its own GPU or its share of the cores. A run leaves figures,
@@ -335,7 +336,8 @@ def train(name, nets, x, objective, epochs, generator, compile=False, checkpoint
 
     Raises FloatingPointError where a term is not finite.
     """
-    h = in_parts(nets["frozen"], x) if len(nets["frozen"]) else x  # once: they never change
+    # frozen layers never change: their features are computed once, and nothing flows back into them
+    h = in_parts(nets["frozen"], x) if len(nets["frozen"]) else x
     optimiser = torch.optim.Adam([value for value in nets.parameters() if value.requires_grad],
                                  RATE, fused=True)
     if compile:
@@ -357,7 +359,7 @@ def train(name, nets, x, objective, epochs, generator, compile=False, checkpoint
             (RE - RT).mean().backward()
             optimiser.step()
             sums.append(torch.stack([RE.detach().sum(), RT.detach().sum()]))
-        sums = torch.stack(sums)  # (steps, 2)
+        sums = torch.stack(sums)  # (steps, 2); the epoch's only synchronisation is below
         if not torch.isfinite(sums).all():
             step, term = (~torch.isfinite(sums)).nonzero()[0].tolist()
             raise FloatingPointError(f"{name}: the term {('RE', 'RT')[term]} is not finite at step "
@@ -417,6 +419,7 @@ def log_likelihood(nets, x, samples, generator, steps=100):
         z = mu + (logvar / 2).exp() * noise
         u, logdet = nets["prior"](z)
         RE = ((nets["decoder"](z) - x) ** 2).flatten(1).sum(1)
+        # log N(u) - log r(z) is (noise^2 + logvar - u^2) / 2 per dimension: both log 2 pi cancel
         return logdet - RE - constant(x) + ((noise ** 2 + logvar - u ** 2) / 2).sum(1)
 
     def draw():
@@ -1019,6 +1022,7 @@ def one_model(run, args, name, key, repeat, judge, real, fid, x, train_index, te
         scores["FID"] = run.unit(f"{name}-fid-{fid[1]}", compute_fid)
     history = result["history"]
     RE, RT = (history[term][-1].item() for term in ("RE", "RT"))
+    # RE is to be low and RT high: both gaps are positive where test images come out worse
     row |= scores | {"seconds": history["seconds"].median().item(),
                      "gap of RE": scores["RE"] - RE, "gap of RT": RT - scores["RT"]}
     return row | {"gap of negative ELBO": row["gap of RE"] + row["gap of RT"]}, pictures, history
@@ -1094,9 +1098,11 @@ def main(argv=None):
             args.seed, f"split {repeat}", args.device)) for repeat in range(args.repeats)]
         reals = [real_images(run, args, judge, x, *both, repeat, fid)
                  for repeat, both in enumerate(splits)]
+        # the first releases the others, the second waits until they have opened the run, too
         for _ in range(0 if size == 1 else 1 if rank else 2):
             dist.barrier()
         jobs = list(itertools.product(range(args.repeats), args.layers, args.prior, args.encoder))
+        # dealt like cards: in their order one process would get all the slow encoders
         deal = torch.randperm(len(jobs), generator=common.generator(args.seed, "deal")).tolist()
         found = {}
         for i in sorted(deal[rank::size]):
