@@ -41,7 +41,7 @@ What the document leaves open, and what we chose:
   samples, and the entropy of its classes is 90 % of log 10. An interpolation jumps if one of its 7
   steps is more than 3/7 of the path. Others stand in the claim.
 * log p(x) is by importance sampling from a Gaussian per image that starts at q(z|x) and is refined
-  for 100 steps of Adam, since a frozen q is far too narrow for one.
+  by --importance-steps of Adam, since a frozen q is far too narrow for one.
 """
 import argparse
 import contextlib
@@ -373,7 +373,10 @@ def train(name, nets, x, objective, epochs, generator, compile=False, checkpoint
 
 
 def train_judge(judge, x, y, steps, generator):
-    """Cross-entropy in nats, mean over the batch; Adam whose rate falls linearly to 0."""
+    """Cross-entropy in nats, mean over the batch; Adam whose rate falls linearly to 0.
+
+    x (N, C, 32, 32), y (N,). Raises FloatingPointError where the loss ends up not finite.
+    """
     optimiser = torch.optim.Adam(judge.parameters(), 2e-3, fused=True)
     schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.0, steps)
     for _ in tqdm(range(steps), "LeNet", disable=None):
@@ -517,6 +520,7 @@ def inception_features(net, x):
 
 
 def fid_moments(net, x):
+    """moments of the Inception features of images x (n, C, H, W) in [0, 1]."""
     return moments(in_parts(lambda part: inception_features(net, part), x, size=100))
 
 
@@ -544,6 +548,7 @@ def judged(judge, x, real):
 
 
 def readable(row):
+    """Are the samples of this row of `summary` digits, and of all ten kinds? Limits of ours."""
     return row["confident"]["mean"] >= 2 / 3 and row["balance"]["mean"] >= 0.9
 
 
@@ -846,7 +851,7 @@ def grid_claims(cells, distance, objective):
          good == wanted),
         ("FC, Flow (6), random: samples hardly vary (variance below half of the images')", "yes",
          "NL {:.2f}; RKS {:.2f}".format(*flat), max(flat) < 0.5)]
-    values, holds, text = ranking(cells, "gap of negative ELBO", ("conv", "fc"))
+    _, holds, text = ranking(cells, "gap of negative ELBO", ("conv", "fc"))
     table.append(("fc overfits more than conv (gap of negative ELBO)",
                   "-" if foreign else "1.26; 12.03", text, holds))
     values, _, text = ranking(cells, "gap of negative ELBO", order)

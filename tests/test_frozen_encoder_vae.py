@@ -1,4 +1,4 @@
-"""frozen_encoder_vae.py: Table 5.6, the flow, both objectives, the measures, the run as users see it."""
+"""frozen_encoder_vae.py: Table 5.6, flow, objectives, measures, and the run as a user sees it."""
 
 import hashlib
 import itertools
@@ -175,7 +175,7 @@ def test_no_flow_is_the_normal_prior():
 
 @pytest.mark.parametrize("layers, K", [("conv", 0), ("conv", 2), ("fc", 6)])
 def test_ceiling_of_the_published_rt(layers, K):
-    """A frozen encoder cannot get above 8 K - 6.408, and does with saturated flows at the origin."""
+    """A frozen encoder stays below 8 K - 6.408, and reaches it with saturated flows at u = 0."""
     nets = vae("NL", layers, {v: k for k, v in fe.PRIORS.items()}[K])
     x, noise = digits(), torch.randn(64, 16, generator=g())
     h = nets["frozen"](x)
@@ -321,7 +321,8 @@ def test_training_equals_a_plain_loop(objective):
             adam.step()
             total += torch.stack([RE.sum(), RT.sum()]).detach()
         means.append(total / 600)
-    assert torch.allclose(torch.stack(means).T, torch.stack([history["RE"], history["RT"]]), rtol=1e-4)
+    found = torch.stack([history["RE"], history["RT"]])
+    assert torch.allclose(torch.stack(means).T, found, rtol=1e-4)
     for a, b in zip(nets.parameters(), plain.parameters()):
         assert torch.allclose(a, b, atol=2e-4)
 
@@ -405,7 +406,7 @@ def test_inception_is_the_tf_ported_one(weights_file):
         assert not torch.allclose(plain, expected, atol=1e-3)
 
 
-def test_inception_without_its_weights_says_what_to_do(weights_file, refused, monkeypatch, tmp_path):
+def test_inception_without_its_weights(weights_file, refused, monkeypatch, tmp_path):
     argv = ["--preset", "smoke", "--out", "run", "--fid"]
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
     monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *a, **k: 1 / 0)
@@ -464,7 +465,8 @@ def test_degrees_of_freedom_are_the_documents():
         table = fe.anova(rows, "y", *fe.ANALYSES[measure][:2])
         assert {row["error df"] for row in table.values()} == {df}
         for term, text in fe.ANALYSES[measure][2].items():
-            assert term in table and text.startswith((f"F({table[term]['df']}, {df})", "F > ", "n.s."))
+            published = f"F({table[term]['df']}, {df})", "F > ", "n.s."
+            assert text.startswith(published)
     svhn = [row for row in rows if row["layers"] == "conv" and row["prior"] == "flow6"]
     table = fe.anova(svhn, "y", ("encoder", "layers", "prior"))
     assert list(table) == ["encoder"] and table["encoder"]["error df"] == 16
@@ -703,7 +705,7 @@ def test_three_colours_train_the_four_models_of_table_5_10():
     text = pathlib.Path("run/tables.md").read_text()
     assert "Table 5.10: RE" in text and "11.58 ± 0.11" in text and "Table 5.3" not in text
     assert "90.81" not in text  # RT, another quantity under the corrected objective
-    assert [claim["claim"] for claim in report["claims"]][1] == "L < PNL < RKS < NL in negative ELBO"
+    assert report["claims"][1]["claim"] == "L < PNL < RKS < NL in negative ELBO"
 
 
 def test_fid_is_computed_beside_the_other_distance(weights_file, monkeypatch):
@@ -761,7 +763,7 @@ def test_the_extra_encoder_alone():
     assert report["claims"] == [] and len(report["results"]["models"]) == 1
 
 
-def test_bad_input_ends_in_one_line(refused, tmp_path):
+def test_bad_input_ends_in_one_line(refused):
     base = ["--preset", "smoke", "--out", "run"]
     for flags, words in [
         (["--encoder", "XL"], ["--encoder", "XL", "PRKS"]),
@@ -789,7 +791,7 @@ def test_data_that_does_not_do(refused, tmp_path, monkeypatch):
     assert "train_32x32.mat" in error and "SVHN" in error and not os.path.exists("run")
 
 
-def test_more_training_images_than_there_are(refused, tmp_path, monkeypatch):
+def test_more_training_images_than_there_are(refused, monkeypatch):
     few = torch.rand(700, 1, 28, 28), torch.arange(700) % 10
     monkeypatch.setattr(common, "images", lambda *_: few)
     argv = ["--preset", "smoke", "--out", "run", "--dataset", "mnist", "--train-images", "500"]
