@@ -17,6 +17,7 @@ import torch
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import ae_cube  # noqa: E402
 import common  # noqa: E402
+import eae_simmering  # noqa: E402
 import frozen_encoder_vae  # noqa: E402
 import lso_mnist  # noqa: E402
 import vae_lj_fluid  # noqa: E402
@@ -164,6 +165,30 @@ def our_vae(encoder, layers, prior, x):
     frozen_encoder_vae.train("bench", nets, x, "as-published", 1, generator)
 
 
+def encoder_steps(how, chain=5, steps=200):
+    """So many steps of eae_simmering.py's MNIST encoder under its decoder, batches of 128: the
+    gradient alone, with fused Adam, or under a thermostat."""
+    g = common.generator(0, "bench")
+    nets = eae_simmering.build("mnist", g, pixels=784)
+    x = torch.rand(10_000, 784, generator=g)
+    setting = eae_simmering.SETTINGS["mnist"]._replace(chain=chain)
+    if how in ("langevin", "nose-hoover"):
+        setting = setting._replace(sampler=how)
+    sampler = eae_simmering.Sampler(nets["encoder"], setting, g)
+    optimiser = torch.optim.Adam(nets["encoder"].parameters(), 1e-3, fused=True)
+
+    def potential():
+        return eae_simmering.reconstruction_loss(nets, x[eae_simmering.batch_of(10_000, 128, g)])
+
+    for _ in range(steps):
+        if setting.sampler == how:
+            sampler.step(potential, setting.temperature)
+        else:
+            sampler.force(potential)
+            if how == "adam":
+                optimiser.step()
+
+
 if __name__ == "__main__":
     print(f"{torch.get_num_threads()} CPU threads, torch {torch.__version__}\n")
     fluid_against_cpp()  # first: memory peaks only rise
@@ -202,4 +227,17 @@ if __name__ == "__main__":
             f"frozen_encoder_vae, an epoch of conv/flow6: encoder L / {encoder}",
             lambda: our_vae("L", "conv", "flow6", x),
             lambda: our_vae(encoder, "conv", "flow6", x),
+        )
+    for plain, ours, chain in (
+        ("adam", "nose-hoover", 5),
+        ("adam", "nose-hoover", 30),
+        ("adam", "langevin", 5),
+        ("gradient", "nose-hoover", 5),
+    ):
+        name = {"adam": "fused Adam step", "gradient": "gradient alone"}[plain]
+        ratio(
+            f"eae_simmering, MNIST encoder: {name} / step of {ours}, chain {chain}",
+            lambda: encoder_steps(plain),
+            lambda: encoder_steps(ours, chain),
+            repeats=7,
         )
