@@ -42,6 +42,7 @@ What the document leaves open or its text lost, and what we chose:
   squares in dz/dt, with a ridge: on a limit cycle its candidates are collinear. Eq. (14) has the
   weights 1 and 0.5. Every run has one decoder; Fig. 1e, f show a run of either sense of rotation.
 """
+import functools
 import math
 import pathlib
 from typing import NamedTuple
@@ -1205,7 +1206,7 @@ def print_image_rows(rows):
                         for key, text in formats.items())] for row in rows])
 
 
-def study_images(run, args, experiment, data):
+def study_images(experiment, run, args, data):
     """mnist or frey: Table 1, and for mnist the figures about digits."""
     x, y, x_test, y_test = data
     setting = setting_of(args, experiment)
@@ -1610,15 +1611,15 @@ def main(argv=None):
     """Run the document; returns what results.json holds."""
     args = arguments(argv)
     data = available(args, EXPERIMENTS if args.experiment == "all" else (args.experiment,))
-    studies = {"celeba": study_celeba, "reaction-diffusion": study_waves,
-               "temperature": study_temperature}
+    studies = {"mnist": functools.partial(study_images, "mnist"),
+               "frey": functools.partial(study_images, "frey"), "celeba": study_celeba,
+               "reaction-diffusion": study_waves, "temperature": study_temperature}
     label = {"real": "real data", "glyphs": "generated glyphs"}[args.dataset]
     label = "simulated waves" if args.experiment == "reaction-diffusion" else label
     results, claims, metrics, every = {}, [], [], 20
     with common.Run(__file__, args, label, additive=("experiment", "runs")) as run:
         for name, images in data.items():
-            study = studies.get(name, lambda *a: study_images(*a[:2], name, a[2]))
-            results[name], rows, outs = study(run, args, images)
+            results[name], rows, outs = studies[name](run, args, images)
             claims += rows
             metrics += [{"run": key, "step": step} | {
                 term: out[term][step - 1].item() for term in ("loss", "kinetic") if term in out}

@@ -304,9 +304,11 @@ def test_ensemble_and_drift():
     for step, count in ((2.0, 20), (0.5, 80)):
         torch.nn.utils.vector_to_parameters(start, nets["encoder"].parameters())
         changed = setting._replace(temperature=1e-3, step=step, tau=40 / step)
-        again = eae.Sampler(nets["encoder"], changed, generator(4))
+        dice = generator(4)
+        again = eae.Sampler(nets["encoder"], changed, dice)
+        before = dice.get_state()
         drifts.append(eae.energy_drift(loss, 64, again, changed, count))
-        assert again.every == setting.redraw
+        assert again.every == setting.redraw and torch.equal(before, dice.get_state())
     assert 0 < 6 * drifts[1] < drifts[0] < 0.1
 
 
@@ -395,6 +397,8 @@ def test_spiral_against_a_fine_reference():
     fine_basis, fine, fine_t = eae.spiral(400, n=32, dt=0.0125)
     here, there = u @ basis, fine[::4] @ fine_basis
     assert (here - there).abs().max() < 2e-4
+    exact_basis, exact, _ = eae.spiral(100, n=32, tolerance=1e-11)
+    assert (here - exact @ exact_basis).abs().max() < 2e-5  # what the basis misses
     assert (u_t @ basis - fine_t[::4] @ fine_basis).abs().max() < 1e-3
     # the time derivative is that of the frames
     slope = (here[2:] - here[:-2]) / 0.1
