@@ -567,7 +567,8 @@ def algorithm_1(name, nets, loss, codes, sampler, optimiser, setting, generator,
     else:
         sampler.force(potential)
         gradient.zero_()
-    for step in tqdm(range(first, total), name, total, initial=first, disable=None):
+    bar = tqdm(range(first, total), name, total, initial=first, disable=None)
+    for step in bar:
         T = schedule(setting, step / total)
         out["loss"][step] = sampler.step(potential, T)  # adds dU/dphi to the decoder's gradient
         if T:
@@ -580,6 +581,7 @@ def algorithm_1(name, nets, loss, codes, sampler, optimiser, setting, generator,
                 out["variance"][step // K] = codes().var(0)
         if (step + 1) % CHECK == 0 or step + 1 == total:
             check_finite(name, out["loss"], step + 1, setting)
+            bar.set_postfix_str(f"loss {out['loss'][step]:.4f}", refresh=False)
             if checkpoint and checkpoint.due():
                 checkpoint.save((step + 1, out, gradient), *parts)
     return out
@@ -627,7 +629,8 @@ def train(name, nets, loss, n, batch, steps, rate, generator, checkpoint=None):
     first, history, parts = 0, torch.zeros(steps, device=device), [nets, optimiser, generator]
     if checkpoint and checkpoint.state:
         first, history = checkpoint.restore(*parts)
-    for step in tqdm(range(first, steps), name, steps, initial=first, disable=None):
+    bar = tqdm(range(first, steps), name, steps, initial=first, disable=None)
+    for step in bar:
         optimiser.param_groups[0]["lr"] = rate * min(1.0, 2 * (1 - step / steps))
         value = loss(batch_of(n, batch, generator))
         optimiser.zero_grad()
@@ -636,6 +639,7 @@ def train(name, nets, loss, n, batch, steps, rate, generator, checkpoint=None):
         history[step] = value.detach()
         if (step + 1) % CHECK == 0 or step + 1 == steps:
             check_finite(name, history, step + 1)
+            bar.set_postfix_str(f"loss {history[step]:.4f}", refresh=False)
             if checkpoint and checkpoint.due():
                 checkpoint.save((step + 1, history), *parts)
     return history
@@ -1416,13 +1420,12 @@ def study_waves(run, args, _):
             setting.size, args.grid, checkpoint=checkpoint, device=args.device))
 
     basis, u, u_t = (value.to(args.device) for value in run.unit("spiral", data))
-    kept = min(args.modes, len(basis))
-    lost = (u[:, kept:].square().sum() / u.square().sum()).item()
+    lost = (u[:, args.modes:].square().sum() / u.square().sum()).item()
     g = common.generator(args.seed, "spiral split", args.device)
     if args.modes == 10_000:  # the document's pixels
-        kept, x, x_t = args.grid ** 2, u @ basis, u_t @ basis
+        x, x_t = u @ basis, u_t @ basis  # (frames, grid^2)
     else:
-        x, x_t = u[:, :kept], u_t[:, :kept]
+        x, x_t = u[:, :args.modes], u_t[:, :args.modes]
     x, x_t = (value + 1e-6 * torch.randn(value.shape, generator=g, device=value.device)
               for value in (x, x_t))
     count = int(0.9 * len(x))

@@ -598,7 +598,7 @@ def table_1(experiment):
 @pytest.mark.parametrize("experiment", eae.DOCUMENT)
 def test_the_documents_table_meets_its_claims(experiment):
     claims = eae.table_claims(experiment, table_1(experiment))
-    assert len(claims) == 9 if experiment == "mnist" else 8
+    assert len(claims) == (9 if experiment == "mnist" else 8)
     assert [claim for claim, *_, holds in claims if not holds] == []
 
 
