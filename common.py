@@ -101,7 +101,9 @@ class Parser(argparse.ArgumentParser):
         peek.add_argument("--preset", default="quick")
         with contextlib.suppress(argparse.ArgumentError):  # the full parser reports it
             self.set_defaults(**self.presets.get(peek.parse_known_args(argv)[0].preset, {}))
-        return self.parse_args(argv)
+        args = self.parse_args(argv)
+        settle()
+        return args
 
     def error(self, message):
         die(message)
@@ -129,6 +131,18 @@ def has_compiler(name):
     if not shutil.which(name):
         note(f"note: --compile needs a C++ compiler ({name}), none found: running without it")
     return bool(shutil.which(name))
+
+
+@functools.cache
+def settle():
+    """One thread calls MKL's functions once: where two make the first call of one together, one
+    may get a kernel with other last digits (github.com/pytorch/pytorch/issues/188792)."""
+    for dtype in (torch.float, torch.double):
+        x = torch.full((1, 4, 4), 0.5, dtype=dtype)
+        for name in ("acos asin atan cos erf erfc erfinv exp expm1 log log10 log1p log2 rsqrt sin "
+                     "sqrt tan tanh").split():
+            getattr(x, name)()
+        x @ x, x[0] @ x[0], x[0] @ x[0, 0], torch.baddbmm(x, x, x), torch.addmm(x[0], x[0], x[0])
 
 
 # --- the run folder ------------------------------------------------------------------------------
@@ -249,12 +263,13 @@ class Run:
             write(config, json.dumps({"config": self.config, "source": self.source}, indent=1))
 
     def __enter__(self):
-        self.precision = torch.get_float32_matmul_precision()
+        self.precision, self.random = torch.get_float32_matmul_precision(), torch.get_rng_state()
         torch.set_float32_matmul_precision("high")
         return self
 
     def __exit__(self, kind, error, trace):
         torch.set_float32_matmul_precision(self.precision)
+        torch.set_rng_state(self.random)  # PyTorch draws first weights from the global generator
         if isinstance(error, FloatingPointError):
             die(str(error), status=1)
         if isinstance(error, KeyboardInterrupt):
