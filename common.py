@@ -102,6 +102,9 @@ class Parser(argparse.ArgumentParser):
         with contextlib.suppress(argparse.ArgumentError):  # the full parser reports it
             self.set_defaults(**self.presets.get(peek.parse_known_args(argv)[0].preset, {}))
         args = self.parse_args(argv)
+        for name, value in vars(args).items():
+            if value == []:  # argparse takes "--flag=--" for a flag without values
+                self.error(f"argument --{name.replace('_', '-')}: expected a value")
         settle()
         return args
 
@@ -342,6 +345,19 @@ def print_table(head, rows):
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
 
 
+def print_rows(title, rows, digits=4):
+    """Print a list of flat dicts as a table: a column per key, means with their spread."""
+    def cell(value):
+        if isinstance(value, dict):
+            return show(value, digits)
+        if isinstance(value, float):
+            return f"{value:.{digits}g}"
+        return "-" if value is None else value
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    print(f"\n{title}")
+    print_table(keys, [[cell(row.get(key)) for key in keys] for row in rows])
+
+
 def mean_std(values):
     """{'mean', 'std', 'n'} of a 1-D tensor of repeats; std is None for a single one."""
     std = values.std().item() if len(values) > 1 else None
@@ -358,6 +374,39 @@ def percent(value):
     """'63.8 ± 4.1 %' from what mean_std returns of a share."""
     spread = "" if value["std"] is None else f" ± {100 * value['std']:.1f}"
     return f"{100 * value['mean']:.1f}{spread} %"
+
+
+def panels(rows, columns, width=3.4, height=3.2, **options):
+    """(Figure, flat list of its rows x columns axes), each of width x height inches."""
+    fig = Figure(figsize=(width * columns, height * rows + 0.5), layout="constrained")
+    return fig, list(fig.subplots(rows, columns, squeeze=False, **options).flat)
+
+
+def plot_lines(charts, columns=4, width=3.4, height=3.4, legend="right"):
+    """Line charts side by side: {title: (lines, what Axes.set takes)}, lines being
+    [(label, x (None: 1, 2, ...), y, what Axes.plot takes)]; "std" among it: a band of y +- std.
+
+    legend: "right", that of the first chart beside all; "each", one per chart. Returns the Figure.
+    """
+    columns = min(columns, len(charts))
+    fig, axes = panels(math.ceil(len(charts) / columns), columns, width, height)
+    for ax, (title, (lines, settings)) in zip(axes, charts.items()):
+        for label, x, y, style in lines:
+            x, style = range(1, len(y) + 1) if x is None else x, dict(style)
+            std = style.pop("std", None)
+            (line,) = ax.plot(x, y, label=label, **style)
+            if std is not None:
+                ax.fill_between(x, y - std, y + std, color=line.get_color(), alpha=0.3, lw=0)
+        ax.set(**settings)
+        ax.set_title(title, fontsize="medium")
+        if legend == "each":
+            ax.legend(fontsize="small")
+    for ax in axes[len(charts):]:
+        ax.set_axis_off()
+    if legend == "right":
+        fig.legend(*axes[0].get_legend_handles_labels(), loc="outside right", fontsize="small")
+        fig.set_figwidth(fig.get_figwidth() + 1.6)
+    return fig
 
 
 def plot_curves(panels, scales):

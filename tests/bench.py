@@ -1,11 +1,12 @@
 """Ratios against plain baselines, measured in one run, by hand: `python tests/bench.py`.
 
-Each line is the time of the plain way over that of the script's way, in turn, median of three.
-About five minutes.
+Each ratio is the time of the plain way over that of the script's way, in turn, median of three
+(eae_simmering: nine), with its range. Memory is the peak of a process of its own. About six
+minutes. `--save` puts the table into tests/results.json, from where the README has it.
 """
 
+import os
 import pathlib
-import resource
 import statistics
 import subprocess
 import sys
@@ -29,12 +30,31 @@ def seconds(call):
     return time.perf_counter() - start
 
 
-def ratio(what, plain, ours, repeats=3):
-    """Print the median of plain / ours, after one call of each to warm up."""
+ROWS = []  # of the table: script, what is measured, figure, range, goal
+
+
+def add(script, what, figure, spread="", goal=""):
+    ROWS.append([f"{script}.py", what, figure, spread, goal])
+    print(" | ".join(ROWS[-1]), flush=True)
+
+
+def ratio(script, what, plain, ours, goal="", repeats=3):
+    """Add the median of plain / ours, after one call of each to warm up."""
     plain(), ours()
-    pairs = [(seconds(plain), seconds(ours)) for _ in range(repeats)]
-    ratios = sorted(a / b for a, b in pairs)
-    print(f"{what:72s} {statistics.median(ratios):5.2f} x   ({ratios[0]:.2f} to {ratios[-1]:.2f})")
+    ratios = sorted(seconds(plain) / seconds(ours) for _ in range(repeats))
+    spread = f"{ratios[0]:.2f} to {ratios[-1]:.2f}"
+    add(script, what, f"{statistics.median(ratios):.2f} ×", spread, goal)
+
+
+def memory(script, what, call, goal=""):
+    """Add the peak memory of `call`, an expression, in a process of its own, beyond the imports."""
+    peaks = []
+    for expression in ("0", call):
+        process = subprocess.Popen([sys.executable, __file__, "--only", expression])
+        _, status, usage = os.wait4(process.pid, 0)
+        assert status == 0, call
+        peaks.append(usage.ru_maxrss / 2**20)
+    add(script, what, f"{peaks[1] - peaks[0]:.2f} GiB", "", goal)
 
 
 def one_epoch(points, seeds):
@@ -111,24 +131,30 @@ def fluid_against_cpp(repeats=3):
             plain.append(100 * 2500 * 30 / seconds(lambda: plain_fluid(program, 0.4, 100)))
             ours.append(5000 * 2500 * 30 / seconds(lambda: fluid(0.4, 5000)))
         ratios = sorted(a / b for a, b in zip(ours, plain))
-        print(
-            f"{'vae_lj_fluid, trial moves per second: plain C++ -O3, one core / PyTorch':72s} "
-            f"{statistics.median(ratios):5.1f} x   ({ratios[0]:.1f} to {ratios[-1]:.1f}; "
-            f"{statistics.median(plain) / 1e6:.1f} and {statistics.median(ours) / 1e6:.1f} million)"
+        add(
+            "vae_lj_fluid",
+            "trial moves per second (30 particles): all chains at once, both cores / plain C++ "
+            "(`-O3`, one core)",
+            f"{statistics.median(ratios):.1f} ×",
+            f"{ratios[0]:.1f} to {ratios[-1]:.1f}; {statistics.median(ours) / 1e6:.1f} and "
+            f"{statistics.median(plain) / 1e6:.1f} million",
+            "5 ×",
         )
+        apart, accept = [], []
         for gamma in vae_lj_fluid.RERUN:
             U, height, accepted = plain_fluid(program, gamma, 400).T
             found = fluid(gamma, 2000)
             here, error = found["energy"][-1, 0].item(), found["error"][-1, 0].item()
             error = (error**2 + U.var().item() / 400) ** 0.5
-            print(
-                f"  gamma {gamma}: energy {U.mean():.2f} in C++, {here:.2f} here, "
-                f"{abs(U.mean().item() - here) / error:.1f} standard errors apart; "
-                f"acceptance {accepted.mean():.3f}, {found['acceptance'].mean():.3f}"
-            )
-    fluid(0.4, 40_000, 20)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"  peak memory of this process, 40,000 chains sampled: {peak:.1f} GiB")
+            apart.append(abs(U.mean().item() - here) / error)
+            accept.append(abs(accepted.mean() - found["acceptance"].mean()).item())
+        add(
+            "vae_lj_fluid",
+            "energies at four γ: difference from the C++, in standard errors",
+            f"{max(apart):.1f} at most",
+            f"acceptances within {max(accept):.3f}",
+            "3",
+        )
 
 
 def plain_vae(layers, prior, x):
@@ -192,55 +218,94 @@ def encoder_steps(how, chain=30, steps=200):
     return run
 
 
-if __name__ == "__main__":
-    print(f"{torch.get_num_threads()} CPU threads, torch {torch.__version__}\n")
-    fluid_against_cpp()  # first: memory peaks only rise
-    sweep, seeds = ae_cube.sweep("f2"), [0, 1, 2]
+def our_epoch_of_vae(n=10_000):
+    our_vae("L", "conv", "flow6", torch.rand(n, 1, 32, 32))
+
+
+def main():
+    fluid_against_cpp()
+    sweep, seeds, mmd = ae_cube.sweep("f2"), [0, 1, 2], ae_cube.sweep("f4")
     ratio(
-        "ae_cube f2, 16 points x 3 seeds: one after another / side by side",
+        "ae_cube",
+        "f2, 16 points × 3 seeds: one net after another / side by side, same code",
         lambda: [one_epoch([p], [s]) for p in sweep for s in seeds],
         lambda: one_epoch(sweep, seeds),
     )
     ratio(
-        "ae_cube f2, 16 points x 3 seeds: textbook loops / side by side",
+        "ae_cube",
+        "f2: textbook loops (`DataLoader`, `.item()`) / side by side",
         lambda: [plain_loop() for _ in sweep for _ in seeds],
         lambda: one_epoch(sweep, seeds),
     )
-    mmd = ae_cube.sweep("f4")
     ratio(
-        "ae_cube f4, 18 points x 3 seeds: one after another / side by side",
+        "ae_cube",
+        f"f4 (MMD), {len(mmd)} points × 3 seeds: one after another / side by side",
         lambda: [one_epoch([p], [s]) for p in mmd for s in seeds],
         lambda: one_epoch(mmd, seeds),
     )
     ratio(
-        "lso_mnist, Algorithm 3 from 100 starts: one after another / all at once",
+        "lso_mnist",
+        "Algorithm 3 from 100 starts: one after another / all at once",
         lambda: lso(100),
         lambda: lso(1),
     )
-    print(f"lso_mnist, 10,000 starts x 500 steps: {seconds(lambda: lso(1, 10_000, 500)):.0f} s")
+    time_taken = f"{seconds(lambda: lso(1, 10_000, 500)):.0f} s"
+    add("lso_mnist", "10,000 starts × 500 steps of Algorithm 3", time_taken, "", "60 s")
     x = torch.rand(10_000, 1, 32, 32, generator=common.generator(0, "bench"))
     for layers, prior in (("fc", "normal"), ("conv", "flow6")):
         ratio(
-            f"frozen_encoder_vae, an epoch of {layers}/{prior}/L: DataLoader loop / ours",
+            "frozen_encoder_vae",
+            f"an epoch of {layers}/{prior}/L: plain loop (`DataLoader`, `nn.Upsample`, `.item()`) "
+            "/ ours",
             lambda: plain_vae(layers, prior, x),
             lambda: our_vae("L", layers, prior, x),
+            "1.5 ×",
         )
-    for encoder in ("PNL", "NL", "RKS"):
+    for encoder, goal in (("PNL", "1.20 ×"), ("NL", "1.25 ×"), ("RKS", "1.28 ×")):
         ratio(
-            f"frozen_encoder_vae, an epoch of conv/flow6: encoder L / {encoder}",
+            "frozen_encoder_vae",
+            f"an epoch of conv/flow6: encoder L / {encoder} (goal: Table 5.5's)",
             lambda: our_vae("L", "conv", "flow6", x),
             lambda: our_vae(encoder, "conv", "flow6", x),
+            goal,
         )
-    for plain, ours, chain in (
-        ("adam", "nose-hoover", 30),
-        ("adam", "nose-hoover", 1),
-        ("adam", "langevin", 1),
-        ("gradient", "nose-hoover", 30),
+    for plain, ours, chain, goal in (
+        ("adam", "nose-hoover", 30, ""),
+        ("adam", "nose-hoover", 1, ""),
+        ("adam", "langevin", 1, ""),
+        ("gradient", "nose-hoover", 30, "0.87 ×"),
     ):
         name = {"adam": "fused Adam", "gradient": "the gradient alone"}[plain]
+        other = {"nose-hoover": f"Nosé–Hoover, chain of {chain}", "langevin": "Langevin"}[ours]
         ratio(
-            f"eae_simmering, a step of the MNIST encoder: {name} / {ours}, chain {chain}",
+            "eae_simmering",
+            f"a step of the MNIST encoder (batch 128): {name} / {other}",
             encoder_steps(plain),
             encoder_steps(ours, chain),
+            goal,
             repeats=9,
         )
+    for script, what, call, goal in (
+        ("ae_cube", "48 nets of f2, 5,000 points", "one_epoch(ae_cube.sweep('f2'), [0, 1, 2])", ""),
+        ("lso_mnist", "10,000 starts at once", "lso(1, 10_000, 20)", ""),
+        ("vae_lj_fluid", "40,000 chains at once", "fluid(0.4, 40_000, 20)", "2 GiB"),
+        ("frozen_encoder_vae", "conv/flow6/L, 10,000 images", "our_epoch_of_vae()", ""),
+        ("eae_simmering", "the MNIST encoder", "encoder_steps('nose-hoover')()", ""),
+    ):
+        memory(script, f"memory peak beyond the imports: {what}", call, goal)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--only"]:
+        eval(sys.argv[2])
+        sys.exit()
+    start, head = time.perf_counter(), ["script", "plain way / the script's way", "figure", "range",
+                                        "goal"]
+    main()
+    print(f"\n{torch.get_num_threads()} CPU threads, torch {torch.__version__}, "
+          f"{time.perf_counter() - start:.0f} s\n")
+    common.print_table(head, ROWS)
+    if "--save" in sys.argv:
+        import report
+
+        report.update("bench", [head, *ROWS])

@@ -52,6 +52,7 @@ def test_help_shows_the_values_in_force(capsys):
         ["--epochs", "1.5"],
         ["--epochs", "many"],
         ["--epochs"],
+        ["--epochs=--"],
         ["--rate", "nan"],
         ["--rate", "inf"],
         ["--rate", "-1"],
@@ -64,7 +65,7 @@ def test_help_shows_the_values_in_force(capsys):
 )
 def test_bad_flags_are_one_line(argv, refused):
     line = refused(arguments, argv)
-    assert argv[0].lstrip("-") in line
+    assert argv[0].strip("-=") in line
 
 
 def test_cuda_without_cuda_is_one_line(refused, monkeypatch):
@@ -244,6 +245,38 @@ def test_global_state_is_left_as_found():
     with open_run(["--out", "run"]):
         assert torch.get_float32_matmul_precision() == "high"
     assert torch.get_float32_matmul_precision() == before
+
+
+def test_plot_lines_draws_what_it_is_given():
+    y = torch.tensor([1.0, 2, 4])
+    fig = common.plot_lines(
+        {
+            "a": ([("up", None, y, dict(color="C1", std=0.5)), (None, [0, 1], [3, 3], {})], {}),
+            "b": ([("down", [1, 2, 3], -y, dict(ls="--"))], dict(xlabel="x", ylabel="loss (nats)")),
+            "c": ([("log", None, y, {})], dict(yscale="log")),
+        },
+        columns=2,
+    )
+    a, b, c, rest = fig.axes
+    assert [line.get_label() for line in a.lines][0] == "up" and len(a.lines) == 2
+    assert a.lines[0].get_xdata().tolist() == [1, 2, 3]
+    assert a.lines[0].get_ydata().tolist() == y.tolist()
+    (band,) = a.collections
+    heights = band.get_paths()[0].vertices[:, 1]
+    assert heights.min() == 0.5 and heights.max() == 4.5
+    assert b.get_title() == "b" and b.get_ylabel() == "loss (nats)" and c.get_yscale() == "log"
+    assert not rest.axison and [t.get_text() for t in fig.legends[0].get_texts()] == ["up"]
+    each = common.plot_lines({"a": ([("up", None, y, {})], {})}, legend="each")
+    assert not each.legends and each.axes[0].get_legend().get_texts()[0].get_text() == "up"
+
+
+def test_print_rows(capsys):
+    rows = [{"name": "f1", "mse": 0.00123456}, {"name": "f2", "n": 3, "kl": common.mean_std(
+        torch.tensor([1.0, 3.0]))}]
+    common.print_rows("models", rows)
+    assert [line.split() for line in capsys.readouterr().out.splitlines() if line] == [
+        ["models"], ["name", "mse", "n", "kl"], ["----", "--------", "-", "---------------"],
+        ["f1", "0.001235", "-", "-"], ["f2", "-", "3", "2.0000", "±", "1.4142"]]
 
 
 def test_mean_std():

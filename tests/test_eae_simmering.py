@@ -209,7 +209,7 @@ def toy_run(setting, optimiser, seed=0):
     g = generator(3)
     sampler = eae.Sampler(nets["encoder"], setting, g)
     out = eae.algorithm_1(
-        "toy", nets, loss, lambda: nets["encoder"](x), sampler, optimiser(nets), setting, g
+        "toy", nets, loss, lambda: nets["encoder"](x).var(0), sampler, setting, g, optimiser(nets)
     )
     return nets, x, loss, sampler, out, g, setting
 
@@ -227,7 +227,7 @@ def test_decoder_gradient_is_the_average_over_the_encoders():
 
     optimiser = torch.optim.SGD(nets["decoder"].parameters(), lr=1.0)
     eae.algorithm_1(
-        "toy", nets, watched, lambda: nets["encoder"](x), sampler, optimiser, setting, g
+        "toy", nets, watched, lambda: nets["encoder"](x).var(0), sampler, setting, g, optimiser
     )
     step = [a - b for a, b in zip(before, nets["decoder"].parameters())]
     fresh, x, loss = toy()
@@ -284,10 +284,11 @@ def test_ensemble_and_drift():
         setting, lambda nets: torch.optim.Adam(nets["decoder"].parameters())
     )
     decoder = [p.detach().clone() for p in nets["decoder"].parameters()]
-    members = eae.collect("toy", nets, loss, sampler.theta.clone, sampler, setting, g)
+    out = eae.algorithm_1("toy", nets, loss, sampler.theta.clone, sampler, setting, g)
+    members = out["ensemble"]
     assert members.shape == (7, sampler.N) and members.std(0).max() > 0
     assert all(torch.equal(a, b) for a, b in zip(decoder, nets["decoder"].parameters()))
-    code = eae.ensemble_codes(nets["encoder"], members, x)
+    code = eae.codes_of({"kind": "EAE", "nets": nets, "ensemble": members}, x)
     every = []
     for theta in members:
         torch.nn.utils.vector_to_parameters(theta, nets["encoder"].parameters())
@@ -325,7 +326,7 @@ def test_an_ensemble_that_diverges_stops_with_advice():
     )
     sampler.dt = 1e30
     with pytest.raises(FloatingPointError, match=r"toy, ensemble: .* at step \d+: lower --step"):
-        eae.collect("toy", nets, loss, sampler.theta.clone, sampler, setting, g)
+        eae.algorithm_1("toy, ensemble", nets, loss, sampler.theta.clone, sampler, setting, g)
 
 
 # --- SINDy and the spiral ------------------------------------------------------------------------
@@ -444,15 +445,21 @@ def test_spiral_goes_on_where_it_was_killed(tmp_path):
 
 
 def test_active_units_and_codes():
-    assert eae.active_units(torch.tensor([0.0, 0.009, 0.0101, 5.0])) == 2
     encoder = nn.Linear(3, 4)
+    model = {"kind": "AE", "nets": {"encoder": encoder, "decoder": nn.Linear(4, 3)}}
     x = torch.randn(10, 3, generator=generator())
-    code = eae.plain_codes(encoder, x)
+    code = eae.codes_of(model, x)
     assert torch.equal(code.mean, encoder(x)) and torch.equal(code.draw, code.mean)
-    vae = eae.plain_codes(encoder, x, generator())
+    spread, shared = torch.tensor([[0.0, 0.009, 0.0101, 5.0], [0.0, 0.0, 0.0, 5.0]])
+    row = eae.image_row(model, code._replace(variance=spread, shared=shared), x)
+    assert row["active"] == 2 and row["informative"] == 1
+    error = ((model["nets"]["decoder"](encoder(x)).sigmoid() - x) ** 2).mean().item()
+    assert row["mse"] == row["mse of a draw"] == pytest.approx(error)
+    model["kind"] = "VAE"
+    vae = eae.codes_of(model, x, generator())
     mu, logvar = encoder(x).chunk(2, 1)
     assert torch.equal(vae.mean, mu) and torch.allclose(vae.variance, mu.var(0))
-    wide = eae.plain_codes(encoder, x[:1].expand(20_000, 3), generator()).draw
+    wide = eae.codes_of(model, x[:1].expand(20_000, 3), generator()).draw
     assert torch.allclose(wide.var(0), logvar[0].exp(), rtol=0.05)
 
 
@@ -516,11 +523,21 @@ def test_frechet_distance_of_gaussians():
     assert eae.frechet_distance(a, 2 * a + 1) == pytest.approx(3 + 3, rel=0.02)
 
 
-def test_interpolation_ends_at_the_codes():
-    a, b = torch.zeros(4), torch.ones(4)
-    path = eae.between(a, b, torch.tensor([0.0, 0.25, 1.0]))
-    assert path.shape == (3, 4) and path[1].eq(0.25).all()
-    assert torch.equal(path[0], a) and torch.equal(path[2], b)
+def test_interpolation_ends_at_the_mean_codes():
+    y, alpha = torch.arange(200) % 10, torch.tensor([0.0, 0.25, 1.0])
+    x = torch.rand(200, 3, generator=generator()) + y[:, None]
+    nets = {"decoder": torch.logit}  # reconstruct is the identity
+    models = {kind: {"nets": nets} for kind in ("EAE", "VAE")}
+    codes = {"EAE": eae.Codes(x / 20, x, x, x), "VAE": eae.Codes(x, x / 20, x, x)}
+    paths = eae.digit_paths(models, codes, x, y, alpha)
+    assert list(paths) == ["Test Data", "EAE", "VAE"] and paths["EAE"].shape == (6, 3)
+    three, eight = x[y == 3].mean(0), x[y == 8].mean(0)
+    a, b, c, *_ = paths["Test Data"]
+    assert torch.equal(a, three) and torch.equal(c, eight)
+    assert torch.allclose(b, 0.75 * three + 0.25 * eight)
+    assert torch.equal(paths["Test Data"][5], x[y == 9].mean(0))
+    for kind in ("EAE", "VAE"):  # of the mean codes, of a VAE of drawn ones
+        assert torch.allclose(paths[kind] * 20, paths["Test Data"], atol=1e-3)
 
 
 def test_face_scores():
@@ -737,7 +754,9 @@ def test_smoke(experiment):
         },
         "frey": {"frey_reconstructions", "frey_thermostat"},
         "celeba": {"3_faces", "celeba_thermostat"},
-        "reaction-diffusion": {"1_waves", "1_dynamics", "4_correlations", "waves_thermostat"},
+        "reaction-diffusion": {
+            "1_waves", "1_dynamics", "4_correlations", "reaction-diffusion_thermostat"
+        },
         "temperature": {"temperature", "temperature_thermostat"},
     }[experiment]  # fmt: skip
     there = {path.stem.removeprefix("fig_") for path in pathlib.Path("run").glob("fig_*.png")}
@@ -837,7 +856,7 @@ def test_bad_flags(refused, flags):
 
 def test_missing_data_is_named(refused):
     line = refused(eae.main, ["--experiment", "frey", "--data", "empty"])
-    assert "empty/frey_rawface.mat" in line and eae.FREY in line
+    assert "empty/frey_rawface.mat" in line and eae.SOURCES["frey"][1] in line
     pathlib.Path("frey_rawface.mat").write_bytes(b"no mat file")
     line = refused(eae.main, ["--experiment", "frey", "--data", ".", "--out", "other"])
     assert "cannot read frey_rawface.mat" in line
@@ -851,7 +870,7 @@ def test_missing_faces_are_named(refused, monkeypatch):
 
     monkeypatch.setattr(datasets, "CelebA", offline)
     line = refused(eae.main, ["--experiment", "celeba", "--data", "empty"])
-    assert "empty/celeba/img_align_celeba" in line and eae.CELEBA in line
+    assert "empty/celeba/img_align_celeba" in line and eae.SOURCES["celeba"][1] in line
 
 
 def test_a_diverging_run_stops_with_advice(capsys):

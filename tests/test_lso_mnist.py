@@ -197,7 +197,10 @@ def test_retries_until_success_and_their_count():
 
 def test_retries_continue_after_a_kill(tmp_path, monkeypatch):
     decoder, classifier, digits, _, error = nets_and_error(torch.float)
-    draw = lso_mnist.starts("normal", torch.randn(3, 50, 4, generator=g("codes")))
+    codes = torch.randn(3, 50, 4, generator=g("codes"))
+
+    def draw(n, generator):
+        return lso_mnist.starts("normal", codes, n, generator)
 
     def run(stop=None):
         checkpoint, calls = common.Checkpoint(tmp_path / "lso.checkpoint", "cpu"), []
@@ -230,23 +233,37 @@ def test_draws_are_algorithm_3_without_a_step():
 
 def test_starts_look_like_the_codes():
     codes = torch.randn(2, 500, 3, generator=g()) * torch.tensor([1.0, 5.0, 0.1]) + 2
-    normal = lso_mnist.starts("normal", codes)(20_000, g("n"))
+    normal = lso_mnist.starts("normal", codes, 20_000, g("n"))
     assert torch.allclose(normal.mean(1), codes.mean(1), atol=0.1)
     assert torch.allclose(normal.std(1), codes.std(1), rtol=0.03)
-    box = lso_mnist.starts("box", codes)(20_000, g("b"))
+    box = lso_mnist.starts("box", codes, 20_000, g("b"))
     assert (box >= codes.amin(1, keepdim=True)).all() and (box <= codes.amax(1, keepdim=True)).all()
     assert torch.allclose(box.std(1) * 12**0.5, codes.amax(1) - codes.amin(1), rtol=0.03)
-    chosen = lso_mnist.starts("codes", codes)(30, g("c"))
+    chosen = lso_mnist.starts("codes", codes, 30, g("c"))
     assert all((row == codes[r]).all(1).any() for r in range(2) for row in chosen[r])
 
 
 # --- data and objectives ---
 
 
-def test_halving():
-    x = torch.arange(784.0).view(1, 1, 28, 28)
-    pool, stride = (lso_mnist.halve(x, how).view(14, 14) for how in ("pool", "stride"))
-    assert pool[0, 0] == (0 + 1 + 28 + 29) / 4 and stride[3, 5] == 28 * 6 + 10
+def test_halving(monkeypatch):
+    def images(dataset, train, folder, device):
+        n = 3 if train else 2
+        x = torch.arange(784.0).view(1, 1, 28, 28) + torch.arange(n).view(n, 1, 1, 1)
+        return x + 1000 * train, torch.arange(n) + 5 * train
+
+    monkeypatch.setattr(common, "images", images)
+    monkeypatch.setattr(lso_mnist, "MODEL_IMAGES", 2)
+    for how in ("pool", "stride"):
+        data = lso_mnist.load_data("mnist", how, "data", "cpu")
+        assert [y.tolist() for _, y in data.values()] == [[5, 6], [7], [0, 1]]
+        assert list(data) == ["models", "judge", "test"]
+        for name, first in (("models", 1000), ("judge", 1002), ("test", 0)):
+            x = data[name][0].view(-1, 14, 14)[0] - first
+            if how == "pool":
+                assert x[0, 0] == (0 + 1 + 28 + 29) / 4
+            else:
+                assert x[3, 5] == 28 * 6 + 10
 
 
 def rows_as_bytes(x):
@@ -386,15 +403,18 @@ def test_frechet_distance_of_known_gaussians():
 
 
 def test_judge_scores_of_known_images():
-    class Reader(torch.nn.Module):
+    class Features(torch.nn.Module):
+        def forward(self, x):
+            return x[:, :2]
+
+    class Head(torch.nn.Module):
         """Reads the first pixel as the digit, certain to 0.7."""
 
-        def features(self, x):
-            return x.flatten(1)[:, :2]
-
-        def head(self, f):
+        def forward(self, f):
             p = torch.full((len(f), 10), 0.3 / 9)
             return p.scatter(1, (f[:, :1] * 10).round().long(), 0.7).log()
+
+    reader = torch.nn.Sequential(Features(), Head())
 
     x = torch.zeros(2, 30, 196)
     x[:, :, 0] = (torch.arange(30) % 10) / 10
@@ -403,11 +423,12 @@ def test_judge_scores_of_known_images():
     x[1, :3, 0] = 0.9  # three digits misread
     train, real = x[0, :10], torch.rand(50, 2, generator=g())
     shown = train[None] + F.one_hot(torch.tensor(9), 196) * 2  # real images: 2 from the nearest
-    scores, read = lso_mnist.judge_scores(Reader(), x, real, shown, train)
-    assert scores["read"]["mean"] == pytest.approx((1 + 0.9) / 2)
-    assert (~read).nonzero().tolist() == [[1, 0], [1, 1], [1, 2]]
+    scores = lso_mnist.judge_scores(reader, x, real, shown, train)
+    expected = common.mean_std(torch.tensor([1, 0.9]))
+    assert scores["read"]["mean"] == pytest.approx(expected["mean"])
+    assert scores["read"]["std"] == pytest.approx(expected["std"])
     assert scores["confidence"]["mean"] == pytest.approx(0.7, abs=1e-4)
-    alone, _ = lso_mnist.judge_scores(Reader(), x[:1], real, shown, train)
+    alone = lso_mnist.judge_scores(reader, x[:1], real, shown, train)
     assert alone["nearest"]["mean"] == pytest.approx((0 + 3 + 4) / 3 / 2, rel=1e-4)
     assert alone["diversity"]["mean"] == pytest.approx((3 + 4 + 5) / 3, rel=1e-4)
     assert alone["frechet"] > 0 and alone["read"]["std"] is None
@@ -442,24 +463,24 @@ def test_clearly_more_means_two_standard_errors():
 
 
 @pytest.mark.parametrize("noise", ["none", "learned"])
-def test_reconstruction_and_classifier_scores(noise):
-    model = lso_mnist.Model(4, noise=noise)
+def test_reconstruction_row(noise):
+    model = lso_mnist.Model(4, images=20, noise=noise)
     nets = lso_mnist.build("x", model, 2, g()).requires_grad_(False)
-    x, y = torch.rand(30, 196, generator=g("x")), torch.arange(30) % 10
-    mse = lso_mnist.reconstruction_mse(nets, model, x)
-    for r in range(2):
-        h = x
-        for net in (nets["encoder"], nets["decoder"]):
-            for i, (w, b) in enumerate(zip(net.weights, net.biases)):
-                h = (torch.sigmoid(h) if i else h) @ w[r] + b[r, 0]
-            h = h[:, :4] if net is nets["encoder"] else h  # the mean codes of a VAE
-        assert mse[r].item() == pytest.approx(F.mse_loss(torch.sigmoid(h), x).item(), rel=1e-5)
-
-    classifier = frozen([196, 10], 2, "c")
-    classifier.weights[0] = torch.nn.Parameter(torch.zeros(2, 196, 10))
-    classifier.biases[0] = torch.nn.Parameter(torch.eye(10)[3].repeat(2, 1, 1))
-    accuracy, error = lso_mnist.classifier_scores(classifier, x, y)
-    assert torch.allclose(accuracy, torch.tensor(0.1)) and torch.allclose(error, torch.tensor(0.18))
+    x, x_test = torch.rand(30, 196, generator=g("x")), torch.rand(30, 196, generator=g("y"))
+    row = lso_mnist.reconstruction_row("x", nets, model, x, x_test)
+    assert (row["row"], row["size"], row["images"]) == ("x", 4, 20)
+    assert [row["pca_train"], row["pca_test"]] == lso_mnist.pca_mse(x[:20], 4, x_test)
+    for key, y in (("train", x[:20]), ("test", x_test)):
+        mse = torch.zeros(2)
+        for r in range(2):
+            h = y
+            for net in (nets["encoder"], nets["decoder"]):
+                for i, (w, b) in enumerate(zip(net.weights, net.biases)):
+                    h = (torch.sigmoid(h) if i else h) @ w[r] + b[r, 0]
+                h = h[:, :4] if net is nets["encoder"] else h  # the mean codes of a VAE
+            mse[r] = F.mse_loss(torch.sigmoid(h), y)
+        assert row[key]["mean"] == pytest.approx(mse.mean().item(), rel=1e-5)
+        assert row[key]["std"] == pytest.approx(mse.std().item(), rel=1e-2)
 
 
 # --- training ---
@@ -470,7 +491,7 @@ def test_training_continues_exactly_and_stops_at_non_finite_losses(tmp_path):
 
     def judge(stop=None):
         generator = g("judge")
-        net, calls = lso_mnist.Judge(generator), []
+        net, calls = lso_mnist.build("judge", lso_mnist.JUDGE, 1, generator), []
 
         def loss(i):
             calls.append(1)
@@ -594,16 +615,31 @@ def test_smoke_says_what_is_true(smoke):
 
 def test_saved_nets_reload_and_give_the_measured_numbers(smoke):
     folder, report = smoke
-    state = torch.load(folder / "units" / "LSO-1.pt", weights_only=True)["result"]["state"]
-    nets = lso_mnist.build("LSO-1", lso_mnist.MODELS["LSO-1"], 2, g())
-    nets.load_state_dict(state)
     data = lso_mnist.load_data("glyphs", "pool", "data", "cpu")
-    with torch.no_grad():
-        mse = lso_mnist.reconstruction_mse(
-            nets, lso_mnist.MODELS["LSO-1"], data["models"][0][:1000]
-        )
+
+    def reload(name, model):
+        state = torch.load(folder / "units" / f"{name}.pt", weights_only=True)["result"]["state"]
+        nets = lso_mnist.build(name, model, 2, g()).requires_grad_(False).eval()
+        nets.load_state_dict(state)
+        return nets
+
+    model, (x, y) = lso_mnist.MODELS["LSO-1"], data["test"]
+    again = lso_mnist.reconstruction_row(
+        "LSO-1", reload("LSO-1", model), model, data["models"][0], x
+    )
     row = report["results"]["autoencoders"][0]
-    assert common.mean_std(mse)["mean"] == pytest.approx(row["train"]["mean"], rel=1e-4)
+    for key in ("train", "test"):
+        assert again[key]["mean"] == pytest.approx(row[key]["mean"], rel=1e-4)
+    output = reload("classifier", lso_mnist.CLASSIFIER)(x.repeat(2, 1, 1))
+    accuracy = (output.argmax(2) == y).float().mean(1)
+    mse = ((output - torch.eye(10)[y]) ** 2).mean((1, 2))
+    for key, value in (("accuracy", accuracy), ("mse", mse)):
+        scores = report["results"]["classifier"][key]
+        assert [scores["mean"], scores["std"]] == pytest.approx(
+            [value.mean().item(), value.std().item()], rel=1e-3
+        )
+    read = reload("judge", lso_mnist.JUDGE)(x).argmax(1)
+    assert (read == y).float().mean().item() == pytest.approx(report["results"]["judge"], abs=1e-3)
 
 
 def test_sizes_may_be_added_to_a_run_and_other_flags_not(smoke, refused, tmp_path, capsys):

@@ -312,7 +312,7 @@ def test_every_net_has_shapes_and_draws_nothing_from_the_global_generator(name):
     b = lj.build(model, 10, g(name))
     assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters()))
     x, goal = (lj.REPRESENT[key](points(5, 10).float() / 2)
-               for key in (model.input, model.output or model.input))
+               for key in (model.input, model.output))
     out = lj.evaluate(a, model, x, goal)
     assert out["x_hat"].shape == goal.shape and out["mu"].shape == (5, model.latent)
     if model.input != "grid":
@@ -339,7 +339,7 @@ def test_kl_and_objective():
 
 
 def test_the_weights_of_the_grid_objective_change_with_the_epochs():
-    model = lj.Model("grid", "dense", lam=0.5)
+    model = lj.Model("grid", "dense", "grid", lam=0.5)
     nets = lj.build(model, 5, g("net"))
     x = lj.occupancy(points(9, 5).float() / math.sqrt(2))
     live = 1 / x.mean() - 1
@@ -476,17 +476,22 @@ def test_pair_energies_leave_out_pairs_nearer_than_sigma():
 
 
 def test_jensen_shannon_distance():
-    p, q = torch.tensor([0.5, 0.5, 0.0, 0.0]), torch.tensor([0.0, 0.0, 0.3, 0.7])
-    assert lj.jensen_shannon(p, p) == 0
-    assert lj.jensen_shannon(p, q) == pytest.approx(math.sqrt(math.log(2)))  # its maximum
+    x, y = torch.randn(2, 20_000, generator=g("n"))
+    assert lj.jensen_shannon(x, x) == 0 and lj.jensen_shannon(x, y) < 0.05
+    maximum = pytest.approx(math.sqrt(math.log(2)))
+    assert lj.jensen_shannon(x, 20 + y[:900]) == maximum
     from scipy.spatial.distance import jensenshannon
 
-    a, b = torch.rand(2, 9, generator=g())
-    assert lj.jensen_shannon(a, 5 * b) == pytest.approx(jensenshannon(a, b), rel=1e-6)
-    x, y = torch.randn(2, 20_000, generator=g("n"))
-    edges, p, q = lj.histograms(x, y)
-    assert lj.jensen_shannon(p, q) < 0.05 and p.sum().item() == pytest.approx(1)
-    assert len(edges) == 51 and edges[0] == min(x.min(), y.min())
+    a, b = torch.randint(20, (2, 9), generator=g())
+    a[0], b[-1] = 5, 7  # the common bins reach from the first to the last value
+    samples = (torch.arange(9.0).repeat_interleave(count) for count in (a, b))
+    assert lj.jensen_shannon(*samples, bins=9) == pytest.approx(jensenshannon(a, b), rel=1e-6)
+
+
+def test_histogram_lines_are_probability_densities():
+    label, middles, density, style = lj.histogram("x", torch.tensor([0.0, 0.1, 1.9]), 0, 2, "k", 4)
+    assert middles.tolist() == [0.25, 0.75, 1.25, 1.75] and (label, style["color"]) == ("x", "k")
+    assert density.tolist() == pytest.approx([4 / 3, 0, 0, 2 / 3])
 
 
 def test_area_under_the_roc_is_the_share_of_rightly_ordered_pairs():
@@ -620,7 +625,7 @@ def test_representation_row_has_the_trivial_predictor_beside_it():
         near = (SCALE * x[:, 0][:, upper] < 0.9).double().sum(1).mean().item()
         assert row[key] == pytest.approx(near, abs=1e-6)
     assert row["overlaps true"] > 0
-    grid = lj.Model("grid", "dense", latent=4)
+    grid = lj.Model("grid", "dense", "grid", latent=4)
     nets = lj.build(grid, 6, g("n"))
     row, p = lj.representation_row("grid", nets, grid, xy[:500], xy[500:], 10.0)
     assert 0 < row["rows"] < row["trivial"] + 0.05 and ((p > 0) & (p < 1)).all()
@@ -631,14 +636,15 @@ def test_representation_row_has_the_trivial_predictor_beside_it():
 def test_geometry_of_a_perfect_reconstruction():
     gammas = torch.tensor([0.1, 1.0]).double().repeat(20)
     test = lj.by_origin(points(40) / math.sqrt(2))
-    figures, arrays = lj.geometry(lj.distance_matrix(test), test, gammas, 10.0)
+    figures, (true, _, tumbled), (U_true, U_hat) = lj.geometry(
+        lj.distance_matrix(test), test, gammas, 10.0)
     assert figures["js pairs"] == 0 and figures["gram error"] < 1e-9
     U = lj.energy(SCALE * test.permute(2, 1, 0), gammas, lambda r2: torch.where(
         r2 >= 1, lj.lennard_jones(r2), 0.0))
-    assert torch.allclose(arrays["energies"][0], U)
+    assert torch.allclose(U_true, U)
     # tumbled points have the same pairs and less weight
-    fallen = gammas * (arrays["points"] - arrays["tumbled"])[..., 1].sum(1)
-    assert torch.allclose(arrays["energies"][1], U - fallen)
+    fallen = gammas * (true - tumbled)[..., 1].sum(1)
+    assert torch.allclose(U_hat, U - fallen)
     assert figures["procrustes rmse"] < 1e-9 and figures["share"] == pytest.approx(1)
     for row in figures["heights"]:
         true = SCALE * test[gammas == row["gamma"]][..., 1].mean().item()
