@@ -45,7 +45,7 @@ PRESETS = {
     "quick": dict(seeds=3, epochs=100, points=10_000, held_out=10_000, trials=40),
     "paper": dict(seeds=10, epochs=400, points=10_000, held_out=10_000, trials=120),
 }
-BATCH, MMD_ROWS, LEARNING_RATE = 250, 64, 1e-2
+BATCH, MMD_ROWS, RATE = 250, 64, 1e-2
 EXACT = dict(compute_mode="donot_use_mm_for_euclid_dist")  # of torch.cdist, also for close pairs
 ANNEAL = 2 / 3  # tau of Eq. (6) as a share of the epochs
 NO_CHANNEL = math.inf  # dB
@@ -247,7 +247,7 @@ def train(points, seeds, name, epochs, n, device="cpu", compile=False, checkpoin
     """Train all points x seeds side by side: (Stack, epoch means of TERMS (epochs, 6, P, S)).
 
     A seed has its own generator for nets, n training points, batches and noise: results depend on
-    no other seed nor, at equal D, other point. FloatingPointError: a loss is not finite.
+    no other seed nor, at equal D, other point. FloatingPointError where a loss is not finite.
     """
     epochs *= points[0].longer
     P, S, steps = len(points), len(seeds), n // BATCH
@@ -255,11 +255,11 @@ def train(points, seeds, name, epochs, n, device="cpu", compile=False, checkpoin
     stack = Stack(points, generators)
     data = torch.stack([cube_surface(n, g) for g in generators])  # (S, n, 3)
     use_mmd, loss = any(any(p.lam) for p in points), common.compiled(terms, compile)
-    optimiser = torch.optim.Adam(stack.parameters(), lr=LEARNING_RATE, fused=True)
+    optimiser = torch.optim.Adam(stack.parameters(), lr=RATE, fused=True)
     parts = [stack, optimiser, *generators]
     first, history = (checkpoint.restore(*parts) if checkpoint and checkpoint.state
                       else (0, torch.zeros(epochs, len(TERMS), P * S, device=device)))
-    bar = tqdm(range(first, epochs), f"{name}, {P * S} nets", epochs, initial=first, disable=None)
+    bar = tqdm(range(first, epochs), f"{name}, nets: {P * S}", epochs, initial=first, disable=None)
     for epoch in bar:
         beta, lam = (annealed(*ends, epoch, ANNEAL * epochs) for ends in (stack.beta, stack.lam))
         order = torch.stack([torch.cat(common.batches(n, n, g)) for g in generators])  # (S, n)
@@ -269,7 +269,7 @@ def train(points, seeds, name, epochs, n, device="cpu", compile=False, checkpoin
             gauss = draws(torch.randn, generators, P, steps * MMD_ROWS, stack.D).split(MMD_ROWS, 1)
         for i, batch in enumerate(zip(gauss, x.split(BATCH, 1), eps.split(BATCH, 1))):
             done = (epoch * steps + i) / (epochs * steps)
-            optimiser.param_groups[0]["lr"] = LEARNING_RATE * min(1.0, 2 * (1 - done))
+            optimiser.param_groups[0]["lr"] = RATE * min(1.0, 2 * (1 - done))
             value, _ = loss(stack, beta, lam, *batch)
             optimiser.zero_grad()
             value[-1].sum().backward()  # no weight is shared: the sum trains each on its own loss
@@ -345,7 +345,7 @@ def evaluate(stack, history, seeds, n, pairs=2000):
             "spread": generated.var(1).mean(1).sqrt(), "faces": (share - 1 / 6).abs().amax(1),
             "surface": surface_distance(generated).mean(1)}
     values = []
-    for m in tqdm(range(len(x)), f"measuring {len(x)} nets", disable=None, leave=False):
+    for m in tqdm(range(len(x)), f"measuring, nets: {len(x)}", disable=None, leave=False):
         a, b = z[m:m + 1, :pairs], target[m:m + 1, :pairs]  # (1, pairs, D)
         clouds = x[m, :pairs], generated[m, :pairs]
         values.append(torch.stack([mmd2(a, b, median_heuristic(a, b, 500))[0], knn_kl(*clouds),
@@ -490,7 +490,7 @@ def pictures(run, fits, trials):
 
 def arguments(argv=None):
     parser, number = common.Parser(__doc__, PRESETS), common.number
-    add = parser.add_argument_group("flags of ae_cube.py").add_argument
+    add = parser.add
     add("--models", nargs="+", choices=list(MODELS), default=list(MODELS), help="models to train")
     add("--snr", nargs="+", type=number(float, -20, 60), metavar="DB",
         help="SNRs in dB in place of the models' own (f3, f6 have no channel)")
@@ -583,7 +583,7 @@ def main(argv=None):
         at = {p[:3]: {key: common.mean_std(values) for key, values in found["measures"].items()}
               for p, found in fits.items()}
         shown = ("total", "mse", "rate", "mmd", "knn_kl", "energy", "surface", "faces")
-        common.print_rows("On held-out points", [
+        common.print_rows("Models, on held-out points", [
             {"row": p, **{key: at[p[:3]][key] for key in shown}} for p in fits])
         rows = [{"name": p.name, "snr": p.snr, "d": p.d, "beta": p.beta, "lam": p.lam,
                  "analytic_rate": analytic_rate(p.snr), "linear_mse": linear_code_mse(p.snr, p.d)

@@ -87,7 +87,8 @@ class Parser(argparse.ArgumentParser):
         add = self.add_argument_group("flags of all scripts").add_argument
         add("--preset", choices=list(presets), default="quick",
             help="smoke: seconds, offline; quick: minutes on a laptop; paper: full protocol")
-        add("--seed", type=number(int, 0, 2**31), default=0, help="first seed")
+        add("--seed", type=number(int, 0, 2**31), default=0,
+            help="seed of all random numbers; of several, the first")
         add("--device", type=device, default="auto", metavar="{auto,cpu,cuda,mps}",
             help="where to compute; auto: CUDA if there is one, else the CPU")
         add("--data", default="data", metavar="DIR", help="folder of the image data")
@@ -95,6 +96,7 @@ class Parser(argparse.ArgumentParser):
         add("--fresh", action="store_true", help="delete the run in the folder first")
         add("--compile", action=argparse.BooleanOptionalAction, default=False,
             help="use torch.compile where it applies")
+        self.add = self.add_argument_group("flags of this script").add_argument
 
     def parse(self, argv=None):
         peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
@@ -386,7 +388,7 @@ def plot_lines(charts, columns=4, width=3.4, height=3.4, legend="right"):
     """Line charts side by side: {title: (lines, what Axes.set takes)}, lines being
     [(label, x (None: 1, 2, ...), y, what Axes.plot takes)]; "std" among it: a band of y +- std.
 
-    legend: "right", that of the first chart beside all; "each", one per chart. Returns the Figure.
+    legend: "right" (the first chart's, beside all), "each" (one per chart) or None. -> Figure
     """
     columns = min(columns, len(charts))
     fig, axes = panels(math.ceil(len(charts) / columns), columns, width, height)
@@ -409,21 +411,6 @@ def plot_lines(charts, columns=4, width=3.4, height=3.4, legend="right"):
     return fig
 
 
-def plot_curves(panels, scales):
-    """Curves over the epochs: {title: [(label, values (epochs,), colour, line style)]}.
-
-    scales: the panels' y scales. The legend is that of the first panel.
-    """
-    fig = Figure(figsize=(3.2 * len(panels) + 1.8, 4), layout="constrained")
-    for ax, (title, lines), scale in zip(fig.subplots(1, len(panels)), panels.items(), scales):
-        for label, values, colour, style in lines:
-            ax.plot(range(1, len(values) + 1), values, color=colour, linestyle=style, label=label)
-        ax.set(xlabel="epoch", yscale=scale)
-        ax.set_title(title, fontsize="medium")
-    fig.legend(*fig.axes[0].get_legend_handles_labels(), loc="outside right", fontsize="x-small")
-    return fig
-
-
 def image_sheet(ax, images, rows=(), columns=(), framed=None, cmap="gray"):
     """One sheet of images (rows, columns, C, H, W) in [0, 1], labelled at its left and top edges.
 
@@ -443,6 +430,12 @@ def image_sheet(ax, images, rows=(), columns=(), framed=None, cmap="gray"):
         ax.add_patch(Rectangle(((w + 2) * j, (h + 2) * i), w + 1, h + 1, fill=False, lw=1.5,
                                edgecolor=COLOURS[3]))
     return shown
+
+
+def plot_sheet(images, width, height, rows=(), columns=(), **options):
+    """image_sheet in a Figure of its own, each image width x height inches: (Figure, image)."""
+    fig, (ax,) = panels(1, 1, width * images.shape[1] + 1, height * len(images) + 0.5)
+    return fig, image_sheet(ax, images, rows, columns, **options)
 
 
 # --- image data ----------------------------------------------------------------------------------

@@ -10,15 +10,14 @@ and the decoder descends its free energy -T log Z, whose gradient is an average 
 
     dF/dphi = <dU/dphi> over the encoders sampled under this decoder          Eqs. (7), (10)
 
-    python eae_simmering.py                                    MNIST: 5 minutes on 2 CPU cores
-    python eae_simmering.py --experiment reaction-diffusion    a wave's equations of motion: 8
-    python eae_simmering.py --experiment all                   everything that there is data for: 33
+    python eae_simmering.py                           MNIST: about 5 minutes on 2 CPU cores
+    python eae_simmering.py --experiment reaction-diffusion     the waves: about 8 minutes
+    python eae_simmering.py --experiment all          all that has data here: about 33 minutes
     python eae_simmering.py --sampler langevin --out out/langevin    another thermostat
 
 A run leaves figures, results.json, metrics.csv and the nets (units/*.pt) in
 out/eae_simmering-<preset>; `all` afterwards puts together what single experiments left there. It
 has not been timed on a GPU. What the document leaves open or its text lost, and what we chose:
-
 * MNIST and Frey nets are 784-256-256-64 (560-...) and back with ReLU, U is the mean binary cross-
   entropy of a pixel; of CelebA it is the squared error, its kernels are 3x3, but as large as the
   stride where a transposed layer has one of 4, without ReLU at the end, under which pixels die.
@@ -58,9 +57,9 @@ EXPERIMENTS = ("mnist", "frey", "celeba", "reaction-diffusion", "temperature")
 FLAGS = {  # of an EAE: default, least value ("": not a number, None: no flag), meaning
     "temperature": (1e-7, 0, "T, unit of the loss; 0: no ensemble, Adam (not of the sweep; of "
                              "celeba the low one)"),
-    "final_temperature": (-1.0, 1e-300, "T at the end of a geometric schedule"),  # -1: constant
-    "mass": (1.0, 1e-12, "m of a weight"),
-    "step": (0.5, 1e-12, "time step"),
+    "final_temperature": (-1.0, 1e-300, "T at the end of a geometric schedule"),  # -1: none
+    "mass": (1.0, 1e-12, "mass m of a weight"),
+    "step": (0.5, 1e-12, "time step, in the sampler's own units"),
     "chain": (30, 1, "thermostats in the chain"),
     "tau": (10.0, 1e-3, "thermostat time in steps; of langevin: 1 / friction"),
     "redraw": (20, 0, "steps between new Maxwell velocities, 0: never"),
@@ -101,7 +100,7 @@ CHECK = 20                 # steps between looks at the losses and at the checkp
 SWEEP = {"EAE": (0, 1e-9, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3), "VAE": (0.01, 0.1, 0.3, 1, 3, 10)}
 SUZUKI_YOSHIDA = (0.828981543588751, -0.657963087177502, 0.828981543588751)
 SIGNIFICANT, RIDGE, WEIGHTS, OMEGA = 0.1, 1e-3, (1.0, 0.5), 0.9077
-CANDIDATES = ("z1", "z2", "z1²", "z1z2", "z2²", "z1³", "z1²z2", "z1z2²", "z2³", "sin z1", "sin z2")
+CANDIDATES = (*"z1 z2 z1² z1z2 z2² z1³ z1²z2 z1z2² z2³".split(), "sin z1", "sin z2")
 DOCUMENT = {  # Table 1: test MSE and active units of 64
     "mnist": {"EAE": (0.026, 64), "VAE": (0.016, 16), "AE": (0.010, 53)},
     "frey": {"EAE": (0.0052, 64), "VAE": (0.0046, 3), "AE": (0.0014, 64)}}
@@ -584,8 +583,7 @@ Codes = namedtuple("Codes", "mean draw variance shared")
 
 @torch.no_grad()
 def codes_of(model, x, generator=None):
-    """Codes of images x (n, pixels) under a model of image_model; only a VAE needs the generator.
-    """
+    """Codes of images x (n, pixels) under a model of image_model; generator: for a VAE alone."""
     encoder = model["nets"]["encoder"]
     if model["kind"] == "AE":
         z = encoder(x)
@@ -646,7 +644,7 @@ def digit_overlap(z, y, bins=40):
     return torch.minimum(p[a], p[b]).sum(2).mean(0)
 
 
-def pca_error(x, x_test, k):
+def pca_mse(x, x_test, k):
     """Test MSE of the best k-dimensional plane of x (n, pixels), and of its mean (k = 0)."""
     mean, (_, vectors) = x.mean(0), torch.linalg.eigh(torch.cov(x.T.double()))
     kept, rest = vectors[:, len(vectors) - k:].float(), x_test - mean
@@ -654,7 +652,7 @@ def pca_error(x, x_test, k):
 
 
 def frechet_distance(a, b):
-    """Of the Gaussians with the moments of two sets of features (n, d), (m, d); in float64."""
+    """Squared Fréchet distance of the Gaussians fitted to features (n, d), (m, d); in float64."""
     a, b = a.cpu().double(), b.cpu().double()
     A, B = torch.cov(a.T), torch.cov(b.T)
     values, vectors = torch.linalg.eigh(A)
@@ -681,7 +679,7 @@ def build_judge(generator):
 
 def judged(judge, x, real):
     """The judge's mean highest probability in x (n, 784), the entropy of its classes by log 10, and
-    Frechet's distance of its features to real (m, 64)."""
+    Fréchet's distance of its features to real (m, 64)."""
     p = judge(x).softmax(1)
     share = p.mean(0)
     return {"confidence": p.amax(1).mean().item(), "frechet": frechet_distance(judge[:-1](x), real),
@@ -734,7 +732,7 @@ def digit_paths(models, codes, x_test, y_test, alpha, pairs=((3, 8), (4, 9))):
         means = [[values[y_test == digit].mean(0) for digit in pair] for pair in pairs]
         return torch.cat([torch.lerp(a, b, alpha[:, None]) for a, b in means])
 
-    rows = {"Test Data": path(x_test)}
+    rows = {"test images": path(x_test)}
     for kind, code in codes.items():
         z = code.draw if kind == "VAE" else code.mean
         rows[kind] = reconstruct(models[kind]["nets"], path(z))
@@ -810,10 +808,8 @@ def plot_sheet(rows, columns=(), cmap="gray", width=0.5):
     """A labelled sheet: {row: images (n, pixels) or (n, C, H, W) in [0, 1]}, width inches each."""
     x = torch.stack([value if value.dim() == 4 else value.view(len(value), 1, 28, -1)
                      for value in rows.values()]).cpu()
-    r, c, _, h, w = x.shape
-    fig, (ax,) = common.panels(1, 1, width * c + 3, width * r * h / w + 0.5)
-    common.image_sheet(ax, x, list(rows), columns, cmap=cmap)
-    return fig
+    h, w = x.shape[-2:]
+    return common.plot_sheet(x, width, width * h / w, list(rows), columns, cmap=cmap)[0]
 
 
 def plot_histograms(codes, labels, units, rows):
@@ -883,8 +879,8 @@ def plot_dynamics(runs):
              dict(color=common.COLOURS[k % 8], marker=mark, ls="", ms=4, alpha=0.3))
             for k, found in enumerate(runs) for j, mark, name in ((1, "o", "linear"),
                                                                   (10, "x", "sine"))]
-    charts = {"d": (dots, dict(xlabel="of z2 (sin z2) in dz1/dt",
-                               ylabel="of z1 (sin z1) in dz2/dt"))}
+    charts = {"d": (dots, dict(xlabel="coefficient of z2 (sin z2) in dz1/dt",
+                               ylabel="coefficient of z1 (sin z1) in dz2/dt"))}
     for letter, sense in (("e", 1), ("f", -1)):
         for k in [k for k, found in enumerate(runs) if found["omega"].mean() * sense > 0][:1]:
             name = f"run {k + 1} integrated: {runs[k]['omega'].mean():+.3f} rad / time"
@@ -911,17 +907,17 @@ def plot_correlations(Xi):
 
 def arguments(argv=None):
     parser, number = common.Parser(__doc__, PRESETS), common.number
-    add = parser.add_argument_group("flags of this script").add_argument
+    add = parser.add
     add("--experiment", choices=(*EXPERIMENTS, "all"), default="mnist",
         help="what to run; all: everything that there is data for")
     add("--dataset", choices=("real", "glyphs"),
-        help="real: the experiments' own images; glyphs: digits drawn here in their place")
+        help="real: the experiments' own images; glyphs: digits drawn offline in their place")
     add("--runs", type=number(int, 1, 100), help="independent EAEs of reaction-diffusion")
     add("--grid", type=number(int, 8, 1000), help="points a side of reaction-diffusion")
     add("--modes", type=number(int, 2, 10_000),
         help="POD modes of reaction-diffusion that the nets see; 10000: pixels")
     add("--judge-steps", type=number(int, 1, 10**6), help="batches of 128 for the judge of digits")
-    own = parser.add_argument_group("of every EAE that is run, if not its own (SETTINGS, COSTS)")
+    own = parser.add_argument_group("of every EAE that is run; defaults: its own (SETTINGS, COSTS)")
     kinds = {"sampler": dict(choices=("nose-hoover", "langevin")),
              "suzuki_yoshida": dict(action="store_true", default=None)}
     for name, (default, least, text) in FLAGS.items():
@@ -1020,10 +1016,10 @@ def study_images(run, args, name, data):
     if name == "mnist":
         more, claims = study_digits(run, args, models, codes, rows, *data, g)
         results |= more
-    rows += [{"kind": "PCA-64", "mse": pca_error(x, x_test, LATENT)},
-             {"kind": "mean image", "mse": pca_error(x, x_test, 0)}]
+    rows += [{"kind": "PCA-64", "mse": pca_mse(x, x_test, LATENT)},
+             {"kind": "mean image", "mse": pca_mse(x, x_test, 0)}]
     shown = torch.randperm(len(x_test), generator=g, device=x.device)[:16]
-    sheet = {"test image": x_test[shown]} | {
+    sheet = {"test images": x_test[shown]} | {
         kind: reconstruct(models[kind]["nets"], codes[kind].mean[shown]) for kind in KINDS}
     run.figure(plot_sheet(sheet), f"{name}_reconstructions",
                f"{name}: test images and reconstructions")
@@ -1069,7 +1065,7 @@ def study_digits(run, args, models, codes, rows, x, y, x_test, y_test, g):
     run.figure(plot_sheet({name: value[:20] for name, value in made.items()}), "samples",
                "Generations, and interpolations of random pairs of test images")
     accuracy = (judge(x_test).argmax(1) == y_test).float().mean().item()
-    common.print_rows(f"samples; the judge has {accuracy:.1%} of the test images right", samples)
+    common.print_rows(f"mnist: samples (the judge has {accuracy:.1%} of tests right)", samples)
     return {"samples": samples, "judge": accuracy}, digit_claims(rows, samples)
 
 
@@ -1077,7 +1073,7 @@ def study_celeba(run, args, name, data):
     """Fig. 3: faces at a high and at a low temperature."""
     x, x_test = data[0], data[2][:1000]
     faces, models, found = x_test.float() / 255, {}, {}
-    sheet = {"test image": faces[:12]}
+    sheet = {"test images": faces[:12]}
     for title, which in (("high T", "hot"), ("low T", name)):
         setting = setting_of(args, which, name)._replace(size=len(x))
         g = common.generator(args.seed, name, args.device)
@@ -1131,7 +1127,7 @@ def study_waves(run, args, name, _):
     here = zip(TABLE_4.items(), runs[0]["table"].transpose(1, 2).flatten(0, 1))  # (4, 11)
     columns = {key: [f"{a:.2f}; {b}" for a, b in zip(values, theirs.split())]
                for (key, theirs), values in here}
-    common.print_rows("Table 4: coefficients over the encoders of run 1; the document's", [
+    common.print_rows(f"{name}: Table 4, coefficients of run 1; the document's", [
         {"": term} | {key: column[j] for key, column in columns.items()}
         for j, term in enumerate(CANDIDATES)])
     decoded = sindy_terms(runs[0]["nets"], *test, n * n)[-1]
@@ -1149,7 +1145,8 @@ def study_waves(run, args, name, _):
     rows = [{key: found[key] for key in ("terms", "data", "radius", "errors")} | {
         "table": found["table"].tolist(), "omega": common.mean_std(found["omega"])}
             for found in runs]
-    common.print_rows("runs", [{**row, "table": "see above"} for row in rows])
+    common.print_rows(f"{name}: runs", [{key: value for key, value in row.items() if key != "table"}
+                                        for row in rows])
     return ({"variance beyond the modes": lost, "runs": rows}, wave_claims(runs),
             {found["row"]["run"]: found for found in runs})
 
@@ -1203,8 +1200,8 @@ def study_temperature(run, args, name, data):
         if kind == "EAE":
             models[f"sweep T = {value:g}"] = model
     run.figure(plot_sweep(rows), "temperature", "Temperature of the EAE, weight of the VAE's KL")
-    common.print_rows("temperature of the EAE, beta of the VAE", rows)
-    return {"rows": rows}, sweep_claims(rows, pca_error(x, x_test, 0)), models
+    common.print_rows("temperature: EAE by T, VAE by beta", rows)
+    return {"rows": rows}, sweep_claims(rows, pca_mse(x, x_test, 0)), models
 
 
 def table_claims(name, rows):

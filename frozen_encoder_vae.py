@@ -20,7 +20,8 @@ p(x|z) = N(x_hat, 1/2), up to 512 log pi (1536 log pi with three colours), and p
 `torchrun --nproc_per_node 4 frozen_encoder_vae.py --preset paper` shares the models among processes
 that see one folder, each with its own GPU or its share of the cores. A run leaves figures,
 tables.md (the document's tables), results.json, metrics.csv and the nets (units/*.pt) in
-out/frozen_encoder_vae-<preset>. It has not been timed on a GPU. What we chose:
+out/frozen_encoder_vae-<preset>. It has not been timed on a GPU. What the document leaves open,
+and what we chose:
 * Flows have 64 hidden units under fc, 128 under conv (so Table 5.6; the text says 64), Tanh at the
   end of s and t, and swap the halves by reversing z. Weights of encoder and decoder start at Xavier
   uniform, all else as in PyTorch. E log q is used in closed form.
@@ -128,22 +129,34 @@ MEASURES = {"negative ELBO": "5.1", "RT": "5.2", "RE": "5.3", "FID": "5.4",
 EXTRA = ("nats there", "log p", "confident", "balance", "variety", "longest step", "jumps",
          "gap of negative ELBO", "gap of RE", "gap of RT")
 FOREIGN = ("negative ELBO", "RT", "gap of negative ELBO")  # other quantities under `corrected`
-CLAIMS = {  # by channels: order ("a, b < 2 c": a and b are below twice c), of what, document
-    1: [("L < PNL < RKS < NL", "negative ELBO", "yes"), ("L < PNL < RKS < NL", "RE", "yes"),
-        ("normal, flow2, flow6 < 1.05 normal, 1.05 flow2, 1.05 flow6", "RE", "no difference"),
-        ("conv < fc", "gap of negative ELBO", "1.26; 12.03"),
-        ("L, PNL < RKS, NL", "gap of negative ELBO", "1.66; 5.23; 9.64; 10.04"),
-        ("L, PNL, RKS < NL", "std of RE", "yes"), ("PNL < 0.86 L", "seconds", "0.85 L"),
-        ("NL < 0.82 L", "seconds", "0.82 L"), ("RKS < 0.78 L", "seconds", "0.77 L"),
-        ("fc flow6 NL, fc flow6 RKS < 0.5", "variety", "hardly any"),
-        ("normal < flow2 < flow6", "log p", "not comparable")],
-    3: [("L < PNL < RKS < NL", "negative ELBO", "yes"), ("L < PNL, RKS < NL", "RE", "yes"),
-        ("L, PNL, RKS < NL", "distance", "yes"), ("PNL < 0.84 L", "seconds", "0.83 L"),
-        ("NL < 0.81 L", "seconds", "0.80 L"), ("RKS < 0.79 L", "seconds", "0.78 L")]}
-PAIRS = [("conv flow6 PNL < 1.2 conv flow6 L", "distance", "no difference"),
-         ("conv flow6 PNL < 0.85 conv flow6 L", "seconds", "16.5 % less"),
-         ("conv flow6 PRKS < conv flow6 PNL", "seconds", "likely"),
-         ("conv flow6 PRKS < 1.2 conv flow6 PNL", "distance", "likely")]
+CLAIMS = {  # by channels: order ("a, b < 2 c": a and b are below twice c), of what, document, words
+    1: [("L < PNL < RKS < NL", "negative ELBO", "yes", ""), ("L < PNL < RKS < NL", "RE", "yes", ""),
+        ("normal, flow2, flow6 < 1.05 normal, 1.05 flow2, 1.05 flow6", "RE", "yes",
+         "the prior does not change RE (means within 5 %)"),
+        ("conv < fc", "gap of negative ELBO", "1.26; 12.03", "fc overfits more than conv: {}"),
+        ("L, PNL < RKS, NL", "gap of negative ELBO", "1.66; 5.23; 9.64; 10.04",
+         "random encoders overfit more: {}"),
+        ("L, PNL, RKS < NL", "std of RE", "yes", "NL varies most between repeats: {}"),
+        ("PNL < 0.86 L", "seconds", "0.85 L", "PNL: {} per epoch at most 0.86 of L's"),
+        ("NL < 0.82 L", "seconds", "0.82 L", "NL: {} per epoch at most 0.82 of L's"),
+        ("RKS < 0.78 L", "seconds", "0.77 L", "RKS: {} per epoch at most 0.78 of L's"),
+        ("fc flow6 NL, fc flow6 RKS < 0.5", "variety", "yes", "FC, Flow (6), random encoders: "
+         "samples hardly vary (variance below half of the images')"),
+        ("normal < flow2 < flow6", "log p", "not comparable", "{}(x) in nats rises with flows")],
+    3: [("L < PNL < RKS < NL", "negative ELBO", "yes", ""), ("L < PNL, RKS < NL", "RE", "yes", ""),
+        ("L, PNL, RKS < NL", "distance", "yes", ""),
+        ("PNL < 0.84 L", "seconds", "0.83 L", "PNL: {} per epoch at most 0.84 of L's"),
+        ("NL < 0.81 L", "seconds", "0.80 L", "NL: {} per epoch at most 0.81 of L's"),
+        ("RKS < 0.79 L", "seconds", "0.78 L", "RKS: {} per epoch at most 0.79 of L's")]}
+PAIRS = [
+    ("conv flow6 PNL < 1.2 conv flow6 L", "distance", "yes",
+     "Conv, Flow (6): {} of PNL that of L (at most a fifth higher)"),
+    ("conv flow6 PNL < 0.85 conv flow6 L", "seconds", "16.5 % less",
+     "Conv, Flow (6): PNL saves 15 % of L's {} per epoch"),
+    ("conv flow6 PRKS < conv flow6 PNL", "seconds", "likely",
+     "Conv, Flow (6): PRKS as fast as PNL ({} per epoch)"),
+    ("conv flow6 PRKS < 1.2 conv flow6 PNL", "distance", "likely",
+     "Conv, Flow (6): {} of PRKS that of PNL (at most a fifth higher)")]
 
 
 # --- data ----------------------------------------------------------------------------------------
@@ -333,7 +346,7 @@ def in_parts(function, *tensors, size=1000):
 def train(name, nets, x, objective, epochs, generator, compile=False, checkpoint=None):
     """Adam on batches of x (N, C, 32, 32); returns RE, RT (means) and seconds of each epoch.
 
-    Raises FloatingPointError where a term is not finite.
+    FloatingPointError where a loss is not finite.
     """
     # frozen layers never change: their features are computed once, and nothing flows back into them
     h = in_parts(nets["frozen"], x) if len(nets["frozen"]) else x
@@ -373,7 +386,7 @@ def train(name, nets, x, objective, epochs, generator, compile=False, checkpoint
 def train_judge(judge, x, y, steps, generator):
     """Cross-entropy in nats, mean over the batch; Adam whose rate falls linearly to 0.
 
-    x (N, C, 32, 32), y (N,). Raises FloatingPointError where the loss ends up not finite.
+    x (N, C, 32, 32), y (N,). FloatingPointError where the loss ends up not finite.
     """
     optimiser = torch.optim.Adam(judge.parameters(), 2e-3, fused=True)
     schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.0, steps)
@@ -617,26 +630,31 @@ def plot_means(cells, measure, label, floors=None):
 # --- main ----------------------------------------------------------------------------------------
 
 def arguments(argv=None):
-    parser = common.Parser(__doc__, PRESETS)
-    add, number = (parser.add_argument_group("flags of frozen_encoder_vae.py").add_argument,
-                   common.number)
+    parser, number = common.Parser(__doc__, PRESETS), common.number
+    add = parser.add
     add("--dataset", choices=["mnist", "svhn", "glyphs", "glyphs-rgb"],
-        help="mnist and svhn: real images; glyphs: digits drawn offline")
-    add("--encoder", nargs="+", choices=ENCODERS, default=list(ENCODERS[:4]), help="to train")
-    add("--layers", nargs="+", choices=LAYERS, help="default: both, with three colours conv")
-    add("--prior", nargs="+", choices=list(PRIORS), help="default: all, with three colours flow6")
+        help="mnist, svhn: real images; glyphs, glyphs-rgb: digits drawn offline")
+    add("--encoder", nargs="+", choices=ENCODERS, default=list(ENCODERS[:4]),
+        help="encoders to train")
+    add("--layers", nargs="+", choices=LAYERS,
+        help="fc, conv; default: both, of three colours conv")
+    add("--prior", nargs="+", choices=list(PRIORS),
+        help="priors; default: all, of three colours flow6")
     add("--objective", choices=["as-published", "corrected"], default="as-published",
         help="the document's weighting of RT, or the evidence lower bound")
-    add("--epochs", type=number(int, 1, 10**5), help="two defaults: with one colour, with three")
-    add("--repeats", type=number(int, 1, 100), help="of everything, each with a split of its own")
-    add("--train-images", type=number(int, 256, 10**6), help="per split")
-    add("--test-images", type=number(int, 100, 10**6), help="per split; default: all that are left")
+    add("--epochs", type=number(int, 1, 10**5),
+        help="passes over the training images; two defaults: of one colour, of three")
+    add("--repeats", type=number(int, 1, 100), help="repeats, each with a split of its own")
+    add("--train-images", type=number(int, 256, 10**6), help="training images per split")
+    add("--test-images", type=number(int, 100, 10**6),
+        help="test images per split; default: all left")
     add("--samples", type=number(int, 100, 10**6), help="images per model for the distances")
     add("--importance-images", type=number(int, 1, 10**6), help="test images to find log p(x) of")
-    add("--importance-steps", type=number(int, 1, 10**6), help="of Adam on their proposals")
-    add("--importance-samples", type=number(int, 1, 10**6), help="of each of them")
+    add("--importance-steps", type=number(int, 1, 10**6), help="steps of Adam on their proposals")
+    add("--importance-samples", type=number(int, 1, 10**6), help="samples of each proposal")
     add("--judge-steps", type=number(int, 1, 10**6), help=f"batches of {BATCH} for LeNet")
-    add("--anova", action=argparse.BooleanOptionalAction, help="default: from two repeats on")
+    add("--anova", action=argparse.BooleanOptionalAction,
+        help="chapter 5's analysis of variance; default: from two repeats on")
     add("--fid", action="store_true", help="the standard FID, too: slow without a GPU")
     add("--fid-weights", metavar="FILE", help="Inception's weights; default: downloaded")
     args = parser.parse(argv)
@@ -819,10 +837,10 @@ def grid_claims(cells, distance):
     good = [key for key in random if confident[key] >= 2 / 3 and balance[key] >= 0.9]
     rough = max(jumps, key=jumps.get)
     return [
-        (f"conv flow6 has the best {distance} for every encoder", "yes",
+        (f"Conv, Flow (6) has the best {distance} for every encoder", "yes",
          "; ".join(f"{' '.join(key)} {cells[key][distance]['mean']:.1f}" for key in best),
          all(key[:2] == ("conv", "flow6") for key in best)),
-        ("of random encoders only conv flow6 gives readable samples", "yes",
+        ("of random encoders only Conv, Flow (6) gives readable samples", "yes",
          "; ".join(f"{' '.join(key)} {confident[key]:.0%}, balance {balance[key]:.2f}"
                    for key in random if key in good + wanted), good == wanted),
         ("interpolations are smooth (at most 1 % jump, every model)", "yes",
@@ -839,15 +857,17 @@ def closing_table(cells, distance, objective, channels):
                        <= 2 * (document[name][key]["std"] or 0) + 0.01
                        for key, row in known.items())
             number = MEASURES[name][:3] if channels == 1 else "5.10"
-            claims.append((f"Table {number}: {name} within two std of the document's",
-                           f"{len(known)} models", near, near == len(known)))
+            within = "as the document counts" if name == "weights" else "within two std of its own"
+            claims.append((f"Table {number}: {name} {within}", f"{len(known)} models",
+                           f"{near} of {len(known)}", near == len(known)))
     whole = known.keys() == document["RE"].keys()
-    for order, name, theirs in [*CLAIMS[channels] * whole, *PAIRS]:
+    for order, name, theirs, words in [*CLAIMS[channels] * whole, *PAIRS]:
         name = distance if name == "distance" else name
         found = in_order(order, name, cells if "PRKS" in order else known)
         if found:
             foreign = objective == "corrected" and name in FOREIGN
-            claims.append((f"{order} in {name}", "-" if foreign else theirs, *found))
+            claims.append((words.format(name) or f"{order} in {name}",
+                           "-" if foreign else theirs, *found))
     return claims + (grid_claims(known, distance) if whole and channels == 1 else [])
 
 
@@ -869,7 +889,7 @@ def study(run, args, found, reals, accuracy, channels):
     label = "FID" if args.fid else "Fréchet distance in LeNet's features"
     run.figure(plot_means(cells, distance, label, floors), "distances",
                "Samples against real images (lower is better)")
-    run.figure(plot_means(cells, "seconds", "seconds (median)"), "seconds",
+    run.figure(plot_means(cells, "seconds", "seconds per epoch (median)"), "seconds",
                "Table 5.5: time per epoch")
     tables = tables_of(cells, document, args.objective, channels)
     errors = {name: reals[0][name] for name in ("PCA RE", "mean image RE")}

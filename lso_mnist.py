@@ -15,7 +15,8 @@ through their decoders and through regularised autoencoders.
     python lso_mnist.py --dataset glyphs --out out/glyphs    digits drawn here, without MNIST
 
 A run leaves figures, results.json, metrics.csv and the nets (units/*.pt) in
-out/lso_mnist-<preset>. It has not been timed on a GPU. Left open by the document, and our choice:
+out/lso_mnist-<preset>. It has not been timed on a GPU. What the document leaves open, and what we
+chose:
 * 14x14 is the mean of 2x2 pixels (--downsample stride: every 2nd pixel). Sigmoid nets: 196-100-k
   with linear codes, k-100-196, and 196-64-10; Adam on 3,000 batches of 100. At a rate of 1e-3 LSO-1
   ends near the document's error; 1e-2 (rows "regular") is much better.
@@ -224,6 +225,7 @@ def train(name, nets, losses, n, repeats, steps, lr, generator, compile=False, c
     """Adam on each of `losses` in turn (see objectives); returns them by step (steps, terms).
 
     Each net sees its own batches of n images; the rate falls linearly to 0 over the second half.
+    FloatingPointError where a loss is not finite.
     """
     betas = (0.9, 0.999) if len(losses) == 1 else (0.5, 0.99)  # a moving target: less momentum
     optimisers = [torch.optim.Adam(net.parameters(), lr, betas, fused=True)
@@ -233,7 +235,7 @@ def train(name, nets, losses, n, repeats, steps, lr, generator, compile=False, c
     parts = [nets, *optimisers, generator]
     if checkpoint and checkpoint.state:
         first, history = checkpoint.restore(*parts)
-    bar = tqdm(range(first, steps), f"{name}, {repeats} nets", steps, initial=first, disable=None)
+    bar = tqdm(range(first, steps), f"{name}, nets: {repeats}", steps, initial=first, disable=None)
     for step in bar:
         index = torch.randint(n, (repeats, BATCH), generator=generator, device=generator.device)
         for j, (optimiser, loss) in enumerate(zip(optimisers, terms)):
@@ -246,7 +248,7 @@ def train(name, nets, losses, n, repeats, steps, lr, generator, compile=False, c
         if (step + 1) % 100 == 0 or step + 1 == steps:
             if not torch.isfinite(history).all():
                 at, j = (~torch.isfinite(history)).nonzero()[0].tolist()
-                raise FloatingPointError(f"{name}: the {list(losses)[j]} loss is not finite at "
+                raise FloatingPointError(f"{name}: the term {list(losses)[j]} is not finite at "
                                          f"step {at}")
             bar.set_postfix_str(f"loss {history[step, -1]:.4f}", refresh=False)
             if checkpoint and checkpoint.due():
@@ -312,11 +314,11 @@ def generate(error, draw, digits, rule, steps, attempts, generator, name="", che
     attempt, and (R, N) each: solved, attempts, steps of all attempts (those of a failed one: the
     limit), and of the first attempt the step of success (-1: none) and stuck.
     """
-    begin, solved = 0, torch.zeros_like(digits, dtype=torch.bool)
+    first, solved = 0, torch.zeros_like(digits, dtype=torch.bool)
     out = {"solved": solved, "attempts": solved.long(), "steps": solved.long()}
     if checkpoint and checkpoint.state:
-        begin, out = checkpoint.restore(generator)
-    for attempt in tqdm(range(begin, attempts), f"{name}, attempts", attempts, initial=begin,
+        first, out = checkpoint.restore(generator)
+    for attempt in tqdm(range(first, attempts), f"{name}, attempts", attempts, initial=first,
                         disable=None, leave=False):
         width = int((~out["solved"]).sum(1).max())
         if width == 0:
@@ -463,7 +465,7 @@ def success_scores(out):
 
 
 def frechet_distance(a, b):
-    """Of the Gaussians with the moments of two sets of features (n, d), (m, d); in float64."""
+    """Squared Fréchet distance of the Gaussians fitted to features (n, d), (m, d); in float64."""
     a, b = a.cpu().double(), b.cpu().double()
     A, B = torch.cov(a.T), torch.cov(b.T)
     values, vectors = torch.linalg.eigh(A)
@@ -525,9 +527,8 @@ def measure(studies, judge, data, models, chosen):
 
 def plot_digits(x, rows=(), columns=range(10), framed=None):
     """A sheet of digits (rows, columns, 196), labelled; framed (rows, columns)."""
-    fig, (ax,) = common.panels(1, 1, 0.6 * x.shape[1] + 0.5, 0.52 * len(x) + 0.7)
-    common.image_sheet(ax, x.unflatten(2, (1, SIDE, SIDE)), rows, columns, framed)
-    return fig
+    images = x.unflatten(2, (1, SIDE, SIDE))
+    return common.plot_sheet(images, 0.6, 0.52, rows, columns, framed=framed)[0]
 
 
 def share_line(label, x, rows, key, **style):
@@ -542,8 +543,8 @@ def plot_sizes(rows):
     groups = {"others, 10,000 images": sorted(sweep, key=lambda row: row["size"]),
               "LSO-1, LSO-2, input": [rows[name] for name in STUDIED]}
     ticks = sorted({row["size"] for group in groups.values() for row in group})
-    axis = dict(xlabel="size of the optimised layer", ylim=(0, 1.02), xscale="log", xticks=ticks,
-                xticklabels=ticks)
+    axis = dict(xlabel="size of the optimised layer", ylabel="share of the generations",
+                ylim=(0, 1.02), xscale="log", xticks=ticks, xticklabels=ticks)
     success, read = ([share_line(name, [row["size"] for row in group], group, key)
                       for name, group in groups.items()] for key in ("success", "read"))
     success.append(("document", [5, 20], [share for _, share in DOCUMENT.values()],
@@ -568,7 +569,8 @@ def plot_choices(rows, first, limit):
         by_step.append((name, steps, reached, dict(color=colour, drawstyle="steps-post")))
     fig = common.plot_lines({
         "by rule for C and start (± std)": (by_choice, dict(ylim=(0, 1.02), ylabel="success")),
-        "rule patient (line: --steps)": (by_step, dict(ylim=(0, 1.02), xlabel="step"))}, width=7)
+        "rule patient (line: --steps)": (by_step, dict(
+            ylim=(0, 1.02), xlabel="step", ylabel="success"))}, width=7)
     fig.axes[1].axvline(limit, color="0.5", lw=0.8)
     return fig
 
@@ -611,18 +613,21 @@ def pictures(run, args, judge, rows, images, studies, walks):
 # --- main ----------------------------------------------------------------------------------------
 
 def arguments(argv=None):
-    parser = common.Parser(__doc__, PRESETS)
-    add, number = parser.add_argument_group("flags of lso_mnist.py").add_argument, common.number
-    add("--dataset", choices=["mnist", "glyphs"], help="real digits, or drawn ones offline")
+    parser, number = common.Parser(__doc__, PRESETS), common.number
+    add = parser.add
+    add("--dataset", choices=["mnist", "glyphs"],
+        help="mnist: real digits; glyphs: digits drawn offline")
     add("--downsample", choices=["pool", "stride"], default="pool",
         help="28x28 to 14x14: mean of 2x2 pixels, or every second one")
-    add("--rule", choices=list(RULES), default="constant", help="for the wanted change C of E")
-    add("--start", choices=STARTS, default="normal", help="how starts are like training codes")
-    add("--repeats", type=number(int, 1, 100), help="trainings of every net, side by side")
+    add("--rule", choices=list(RULES), default="constant", help="rule for the wanted change C of E")
+    add("--start", choices=STARTS, default="normal",
+        help="starts: normal or uniform (box) like training codes, or these codes")
+    add("--repeats", type=number(int, 1, 100), help="repeats: trainings of every net, side by side")
     add("--starts", type=number(int, 20, 10**4),
         help="generations per model and repeat, a multiple of 10: equally many of each digit")
     add("--steps", type=number(int, 1, 10**6), help="step limit of Algorithm 3")
-    add("--attempts", type=number(int, 1, 10**4), help="attempts at most, 40 times as many draws")
+    add("--attempts", type=number(int, 1, 10**4),
+        help="attempts per generation at most; draws: 40 times as many")
     add("--train-steps", type=number(int, 1, 10**6),
         help=f"batches of {BATCH}; VAE, GAN and judge see twice as many")
     add("--sizes", nargs="+", type=number(int, 1, PIXELS), metavar="K",
@@ -707,9 +712,9 @@ def main(argv=None):
         rows, images = measure(studies, judge, data, models, (args.rule, args.start))
         jumps = {name: walk["jumps"] for name, walk in walks.items()}
         pictures(run, args, judge, rows, images, studies, walks)
-        common.print_rows("classifier, on test digits", [scores])
-        common.print_rows("autoencoders: MSE, and that of PCA", autoencoders)
-        common.print_rows("generations: first attempts, until success, as judged", [
+        common.print_rows("Classifier, on test digits", [scores])
+        common.print_rows("Autoencoders: MSE per pixel, and that of PCA", autoencoders)
+        common.print_rows("Generations: first attempts, until success, as judged", [
             {key: value for key, value in row.items() if not isinstance(value, (list, tuple))}
             for row in rows.values()], digits=3)
         return run.finish({"autoencoders": autoencoders, "classifier": scores, "judge": accuracy,

@@ -18,8 +18,7 @@ and is asked for energies, coordinates, anomalies, missing data and the meaning 
 
 A run leaves figures, results.json, metrics.csv, the nets and the sets of data with all their
 parameters (units/*.pt) in out/vae_lj_fluid-<preset>. It has not been timed on a GPU. Sampler and
-main VAE have the settings of the authors' code. What else is open, and what we chose:
-
+main VAE have the settings of the authors' code. What the document leaves open, and what we chose:
 * A coordinate that would leave the box is dropped alone; the cut-off at 3 sigma is not shifted; a
   configuration is the one after 2,500 sweeps. Below r^2 = 0.001 the energy is constant, so that
   random starts are finite. Quick: half of the configurations, a quarter of the optimiser's steps.
@@ -301,7 +300,7 @@ def objective(nets, model, x, target, progress, generator):
 def train(name, nets, model, xy, test, epochs, generator, checkpoint=None):
     """Adam on configurations xy (C, N, 2); returns a row of figures per epoch, those of `test` too.
 
-    Raises FloatingPointError at a non-finite loss.
+    FloatingPointError where a loss is not finite.
     """
     n, source, goal = math.ceil(len(xy) / BATCH), REPRESENT[model.input], REPRESENT[model.output]
     optimiser = torch.optim.Adam(nets.parameters(), RATE, fused=True)
@@ -309,7 +308,8 @@ def train(name, nets, model, xy, test, epochs, generator, checkpoint=None):
     log = torch.zeros(n, 2, device=generator.device)  # error and KL of this epoch's steps
     if checkpoint and checkpoint.state:
         first, rows, log, order = checkpoint.restore(*parts)
-    for step in tqdm(range(first, epochs * n), name, epochs * n, initial=first, disable=None):
+    bar = tqdm(range(first, epochs * n), name, epochs * n, initial=first, disable=None)
+    for step in bar:
         k, last = step % n, (step + 1) % n == 0
         if k == 0:
             order = common.batches(len(xy), BATCH, generator)
@@ -322,7 +322,7 @@ def train(name, nets, model, xy, test, epochs, generator, checkpoint=None):
         due = checkpoint and checkpoint.due()
         if (last or due) and not log[:k + 1].isfinite().all():
             at, term = (~log[:k + 1].isfinite()).nonzero()[0].tolist()
-            raise FloatingPointError(f"{name}: the {('error', 'KL')[term]} term is not finite at "
+            raise FloatingPointError(f"{name}: the term {('error', 'KL')[term]} is not finite at "
                                      f"step {step - k + at}")
         if last:
             error, kl = log.mean(0).tolist()
@@ -330,6 +330,7 @@ def train(name, nets, model, xy, test, epochs, generator, checkpoint=None):
             rows.append({"model": name, "epoch": (step + 1) // n, "error": error, "kl": kl,
                          "test error": out["error"].mean().item(),
                          "test kl": out["kl"].mean().item()})
+            bar.set_postfix_str(f"error {error:.4f}, KL {kl:.3f}", refresh=False)
         if due:
             checkpoint.save((step + 1, rows, log, order), *parts)
     return rows
@@ -641,9 +642,8 @@ def gallery(rows, titles, box):
 
 def plot_sheet(sheet, rows, columns=()):
     """Matrices (rows, columns, N, N) with labels."""
-    fig, (ax,) = common.panels(1, 1, 1.2 * sheet.shape[1] + 1.2, len(sheet))
-    shown = common.image_sheet(ax, sheet[:, :, None], rows, columns, cmap="viridis")
-    fig.colorbar(shown, ax=ax, shrink=0.3, label="r / (L√2)")
+    fig, shown = common.plot_sheet(sheet[:, :, None], 1.2, 1, rows, columns, cmap="viridis")
+    fig.colorbar(shown, shrink=0.3, label="r / (L√2)")
     return fig
 
 
@@ -752,7 +752,7 @@ def plot_anomalies(found, sets, gammas):
             ("RMSE + KL", *second[:2], dict(color=BLUE, ls="--"))], dict(
             xlabel=f"false positive rate; areas {first[2]:.3f}, {second[2]:.3f}",
             ylabel="true positive rate")
-    fig = common.plot_lines(errors | codes | curves, len(errors), 3, 3, legend="none")
+    fig = common.plot_lines(errors | codes | curves, len(errors), 3, 3, legend=None)
     for ax in fig.axes[::len(errors)]:
         ax.legend(fontsize="x-small")
     return fig
@@ -762,21 +762,21 @@ def plot_anomalies(found, sets, gammas):
 
 def arguments(argv=None):
     parser = common.Parser(__doc__, PRESETS)
-    add = parser.add_argument_group("flags of vae_lj_fluid.py").add_argument
+    add = parser.add
     for flag, kind, low, high, default, text in (
             ("gammas", float, 0, 100, [0.1, 0.4, 0.7, 1.0],
              "gravity of the training sets, in epsilon / sigma"),
             ("unseen", float, 0, 100, 3.0, "gravity of the set that is not trained on"),
-            ("temperature", float, 0.01, 1000, 0.75, "T, in epsilon"),
-            ("particles", int, 8, 64, 30, "N"),
+            ("temperature", float, 0.01, 1000, 0.75, "temperature T, in epsilon"),
+            ("particles", int, 8, 64, 30, "particles N"),
             ("box", float, 1, 1000, 10.0, "side L, in sigma"),
             ("configurations", int, 20, 10**6, None, "independent systems per gamma"),
             ("anomalies", int, 20, 10**6, None, "configurations per anomalous set"),
             ("sweeps", int, 1, 10**7, None, "Metropolis sweeps per system"),
             ("long-sweeps", int, 1, 10**8, None, "sweeps of the run to equilibrium"),
             ("chains", int, 2, 10**5, None, "systems per gamma of the run to equilibrium"),
-            ("epochs", int, 1, 10**4, None, "of the main VAE"),
-            ("other-epochs", int, 1, 10**4, None, "of other nets (dense: ten times as many)"),
+            ("epochs", int, 1, 10**4, None, "epochs of the main VAE"),
+            ("other-epochs", int, 1, 10**4, None, "epochs of other nets (dense: ten-fold)"),
             ("latents", int, 2, 2000, [], f"latent sizes to train beside {LATENT}"),
             ("lambdas", float, 0, 100, [], f"weights of the KL to train beside {LAMBDA}")):
         add(f"--{flag}", type=common.number(kind, low, high), default=default, help=text,
@@ -1039,9 +1039,11 @@ def main(argv=None):
         sets, xy, test, gammas = make_sets(run, args)
         trained, history = train_all(run, args, xy, test)
         results = study(run, args, sets, trained, history, xy, test, gammas)
-        for title in ("fluid", "long", "representations", "anomalies", "missing"):
-            common.print_rows(title, results[title])
-        common.print_rows("heights", results["geometry"]["heights"])
+        for title, key in (("Data sets", "fluid"), ("Run to equilibrium", "long"),
+                           ("Representations and nets", "representations"),
+                           ("Anomalies", "anomalies"), ("Missing data: RMSE", "missing")):
+            common.print_rows(title, results[key])
+        common.print_rows("Mean heights / σ", results["geometry"]["heights"])
         faithful = (args.particles, args.box, args.temperature, args.sweeps) == (30, 10, 0.75, 2500)
         claims = (net_claims(results, args.other_epochs) + anomaly_claims(results, args.unseen)
                   + fluid_claims(results, faithful))

@@ -166,7 +166,7 @@ def test_a_result_depends_on_its_own_seed_and_point_only():
 
 
 def test_training_stops_at_a_non_finite_loss(monkeypatch):
-    monkeypatch.setattr(ae_cube, "LEARNING_RATE", math.inf)
+    monkeypatch.setattr(ae_cube, "RATE", math.inf)
     with pytest.raises(FloatingPointError, match="f3.* the term mse is not finite at step 1"):
         ae_cube.train(ae_cube.sweep("f3"), [0], "f3", 2, 500)
 

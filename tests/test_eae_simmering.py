@@ -495,14 +495,14 @@ def test_overlap_and_probe_know_the_extremes():
     assert eae.linear_probe(noise[:1000], y[:1000], noise[1000:], y[1000:]) < 0.2
 
 
-def test_pca_error_against_svd():
+def test_pca_mse_against_svd():
     x = torch.randn(200, 12, generator=generator()) @ torch.randn(12, 12, generator=generator())
     test = x[150:] + 1
     _, _, v = torch.linalg.svd(x - x.mean(0))
     rest = test - x.mean(0)
     plain = ((rest - rest @ v[:4].T @ v[:4]) ** 2).mean().item()
-    assert eae.pca_error(x, test, 4) == pytest.approx(plain, rel=1e-4)
-    assert eae.pca_error(x, test, 0) == pytest.approx((rest**2).mean().item(), rel=1e-5)
+    assert eae.pca_mse(x, test, 4) == pytest.approx(plain, rel=1e-4)
+    assert eae.pca_mse(x, test, 0) == pytest.approx((rest**2).mean().item(), rel=1e-5)
 
 
 def test_draws_have_the_moments_of_the_codes():
@@ -530,14 +530,14 @@ def test_interpolation_ends_at_the_mean_codes():
     models = {kind: {"nets": nets} for kind in ("EAE", "VAE")}
     codes = {"EAE": eae.Codes(x / 20, x, x, x), "VAE": eae.Codes(x, x / 20, x, x)}
     paths = eae.digit_paths(models, codes, x, y, alpha)
-    assert list(paths) == ["Test Data", "EAE", "VAE"] and paths["EAE"].shape == (6, 3)
+    assert list(paths) == ["test images", "EAE", "VAE"] and paths["EAE"].shape == (6, 3)
     three, eight = x[y == 3].mean(0), x[y == 8].mean(0)
-    a, b, c, *_ = paths["Test Data"]
+    a, b, c, *_ = paths["test images"]
     assert torch.equal(a, three) and torch.equal(c, eight)
     assert torch.allclose(b, 0.75 * three + 0.25 * eight)
-    assert torch.equal(paths["Test Data"][5], x[y == 9].mean(0))
+    assert torch.equal(paths["test images"][5], x[y == 9].mean(0))
     for kind in ("EAE", "VAE"):  # of the mean codes, of a VAE of drawn ones
-        assert torch.allclose(paths[kind] * 20, paths["Test Data"], atol=1e-3)
+        assert torch.allclose(paths[kind] * 20, paths["test images"], atol=1e-3)
 
 
 def test_face_scores():

@@ -515,7 +515,7 @@ def test_training_continues_exactly_and_stops_at_non_finite_losses(tmp_path):
     assert all(torch.equal(continued[1][key], value) for key, value in whole[1].items())
 
     net = lso_mnist.MLP([196, 1], 1, g())
-    with pytest.raises(FloatingPointError, match="some: the odd loss is not finite at step 120"):
+    with pytest.raises(FloatingPointError, match="some: the term odd is not finite at step 120"):
         calls = iter(range(1000))
         lso_mnist.train(
             "some",

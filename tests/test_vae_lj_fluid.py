@@ -392,7 +392,7 @@ def test_training_continues_exactly_and_stops_at_non_finite_losses(tmp_path, mon
 
     calls.clear()
     monkeypatch.setattr(lj, "objective", broken)
-    with pytest.raises(FloatingPointError, match="net: the KL term is not finite at step 4"):
+    with pytest.raises(FloatingPointError, match="net: the term KL is not finite at step 4"):
         lj.train("net", nets, model, xy, xy[:50], 2, g())
 
 
