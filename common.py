@@ -381,7 +381,10 @@ def percent(value):
 def panels(rows, columns, width=3.4, height=3.2, **options):
     """(Figure, flat list of its rows x columns axes), each of width x height inches."""
     fig = Figure(figsize=(width * columns, height * rows + 0.5), layout="constrained")
-    return fig, list(fig.subplots(rows, columns, squeeze=False, **options).flat)
+    axes = list(fig.subplots(rows, columns, squeeze=False, **options).flat)
+    for ax in axes:
+        ax.set_prop_cycle(color=COLOURS)
+    return fig, axes
 
 
 def plot_lines(charts, columns=4, width=3.4, height=3.4, legend="right"):

@@ -849,7 +849,7 @@ def plot_thermostat(outs):
 def plot_sweep(rows):
     """What T does to the EAE and beta to the VAE, and both in one plane."""
     eae, vae = ([row for row in rows if row["kind"] == kind] for kind in ("EAE", "VAE"))
-    at, charts = range(len(eae)), {}
+    at, ticks, charts = range(len(eae)), [0.005, 0.01, 0.02, 0.05], {}
     axis = dict(xlabel="temperature T of the EAE", xticks=at,
                 xticklabels=[f"{row['value']:g}" for row in eae])
     for title, scale, keys in (("test MSE", "log", ["mse"]),
@@ -857,18 +857,21 @@ def plot_sweep(rows):
                                ("latent variance, mean of units", "log", ["variance"]),
                                ("linear probe, test accuracy", "linear", ["probe"])):
         charts[title] = ([(key, at, [row[key] for row in eae], dict(marker="o")) for key in keys],
-                         axis | dict(yscale=scale))
+                         axis | dict(yscale=scale, ylim=(0, 68) if len(keys) > 1 else None))
     planes = {"informative units by test MSE": "informative", "linear probe by test MSE": "probe"}
     for title, key in planes.items():
         charts[title] = ([(name, [row["mse"] for row in chosen], [row[key] for row in chosen],
                            dict(marker=mark, ls=""))
                           for name, chosen, mark in (("EAE, T", eae, "o"), ("VAE, β", vae, "s"))],
-                         dict(xlabel="test MSE", xscale="log"))
+                         dict(xlabel="test MSE", xscale="log", xticks=ticks, xticklabels=ticks))
     fig = common.plot_lines(charts, columns=3, width=4.6, legend="each")
     for ax, key in zip(fig.axes[4:], planes.values()):
+        ax.minorticks_off()
         for row in rows:
+            low = row["kind"] == "EAE"  # its labels hang down, the VAE's stand
             ax.annotate(f"{row['value']:g}", (row["mse"], row[key]), fontsize="x-small",
-                        xytext=(4, -10 if row["kind"] == "EAE" else 4), textcoords="offset points")
+                        xytext=(3, -3 if low else 4), textcoords="offset points",
+                        rotation=-50 if low else 0, va="top" if low else "baseline")
     return fig
 
 
@@ -887,7 +890,8 @@ def plot_dynamics(runs):
             lines = [("encoded test frames", *runs[k]["codes"].T, dict(color="0.6", ls=":")),
                      (name, *runs[k]["path"].T, dict(color=common.COLOURS[k % 8], lw=1.2)),
                      ("its start", *runs[k]["path"][:1].T, dict(color="k", marker="*", ls=""))]
-            charts[letter] = lines, dict(xlabel="z1", ylabel="z2", aspect="equal")
+            charts[letter] = lines, dict(xlabel="z1", ylabel="z2", aspect="equal",
+                                          adjustable="datalim")
     return common.plot_lines(charts, width=4.4, height=4.2, legend="each")
 
 

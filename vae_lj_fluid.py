@@ -747,11 +747,10 @@ def plot_anomalies(found, sets, gammas):
         codes[f"{name}: codes"] = scatter(mu, gammas, (origin, axes)) + [
             ("anomalous", *cross, dict(ls="", marker="x", ms=3, color="k"))], dict(
             xlabel="plane of the γs' mean codes", ylabel="second axis")
-        curves[f"{name}: ROC"] = [
-            ("RMSE", *first[:2], dict(color=BLUE)),
-            ("RMSE + KL", *second[:2], dict(color=BLUE, ls="--"))], dict(
-            xlabel=f"false positive rate; areas {first[2]:.3f}, {second[2]:.3f}",
-            ylabel="true positive rate")
+        curves[f"{name}: areas {first[2]:.3f}, {second[2]:.3f}"] = [
+            ("RMSE, first area", *first[:2], dict(color=BLUE)),
+            ("RMSE + KL, second", *second[:2], dict(color=BLUE, ls="--"))], dict(
+            xlabel="false positive rate", ylabel="true positive rate")
     fig = common.plot_lines(errors | codes | curves, len(errors), 3, 3, legend=None)
     for ax in fig.axes[::len(errors)]:
         ax.legend(fontsize="x-small")
