@@ -365,7 +365,8 @@ def train(name, nets, x, objective, epochs, generator, compile=False, checkpoint
         start, sums = time.perf_counter(), []
         for index in common.batches(len(x), BATCH, generator):
             noise = torch.randn(len(index), nets["prior"].D, generator=generator, device=x.device)
-            RE, RT = terms(nets, h[index], x[index], noise, objective)
+            images = x[index]
+            RE, RT = terms(nets, images if h is x else h[index], images, noise, objective)
             optimiser.zero_grad()
             (RE - RT).mean().backward()
             optimiser.step()

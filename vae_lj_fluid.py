@@ -747,7 +747,7 @@ def plot_anomalies(found, sets, gammas):
         codes[f"{name}: codes"] = scatter(mu, gammas, (origin, axes)) + [
             ("anomalous", *cross, dict(ls="", marker="x", ms=3, color="k"))], dict(
             xlabel="plane of the γs' mean codes", ylabel="second axis")
-        curves[f"{name}: areas {first[2]:.3f}, {second[2]:.3f}"] = [
+        curves[f"{name}: {first[2]:.3f}, {second[2]:.3f}"] = [
             ("RMSE, first area", *first[:2], dict(color=BLUE)),
             ("RMSE + KL, second", *second[:2], dict(color=BLUE, ls="--"))], dict(
             xlabel="false positive rate", ylabel="true positive rate")

@@ -5,7 +5,6 @@ Each ratio is the time of the plain way over that of the script's way, in turn, 
 minutes. `--save` puts the table into tests/results.json, from where the README has it.
 """
 
-import os
 import pathlib
 import statistics
 import subprocess
@@ -50,10 +49,9 @@ def memory(script, what, call, goal=""):
     """Add the peak memory of `call`, an expression, in a process of its own, beyond the imports."""
     peaks = []
     for expression in ("0", call):
-        process = subprocess.Popen([sys.executable, __file__, "--only", expression])
-        _, status, usage = os.wait4(process.pid, 0)
-        assert status == 0, call
-        peaks.append(usage.ru_maxrss / 2**20)
+        command = [sys.executable, __file__, "--only", expression]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        peaks.append(int(done.stdout.split()[-1]) / 2**20)
     add(script, what, f"{peaks[1] - peaks[0]:.2f} GiB", "", goal)
 
 
@@ -298,6 +296,8 @@ def main():
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--only"]:
         eval(sys.argv[2])
+        status = pathlib.Path("/proc/self/status").read_text()  # rusage has the parent's peak, too
+        print(status.partition("VmHWM:")[2].split()[0])  # kB
         sys.exit()
     start, head = time.perf_counter(), ["script", "plain way / the script's way", "figure", "range",
                                         "goal"]
