@@ -4,7 +4,7 @@ Smoke presets as processes of their own. Each script is killed with SIGKILL at r
 started again until it ends, its unit files are cut short, its disk is full (a tmpfs of half the
 size that it needs; mounting needs root), its data folder is read-only, and it gets bad command
 lines, generated from its own flags. What it computes must equal an undisturbed run's in every
-figure, errors must be one line with exit status 2. About a quarter of an hour for all five.
+figure, errors must be one line with exit status 2. About twenty minutes for all five.
 `--save` puts the table into tests/results.json, from where the README has it.
 """
 
