@@ -283,6 +283,9 @@ def main():
             goal,
             repeats=9,
         )
+
+
+def memory_peaks():
     for script, what, call, goal in (
         ("ae_cube", "48 nets of f2, 5,000 points", "one_epoch(ae_cube.sweep('f2'), [0, 1, 2])", ""),
         ("lso_mnist", "10,000 starts at once", "lso(1, 10_000, 20)", ""),
@@ -302,6 +305,7 @@ if __name__ == "__main__":
     start, head = time.perf_counter(), ["script", "plain way / the script's way", "figure", "range",
                                         "goal"]
     main()
+    memory_peaks()
     print(f"\n{torch.get_num_threads()} CPU threads, torch {torch.__version__}, "
           f"{time.perf_counter() - start:.0f} s\n")
     common.print_table(head, ROWS)

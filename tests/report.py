@@ -161,11 +161,8 @@ def numbers(section, data):
 
 
 def said_by(value, token):
-    """Is the number `token` this value, rounded as it stands there (or its percentage)?"""
-    digits = len(token.partition(".")[2].partition("e")[0])
-    if "e" in token:
-        return f"{abs(value):.{digits}e}" == f"{abs(float(token)):.{digits}e}"
-    return any(f"{abs(v):.{digits}f}" == token.lstrip("-") for v in (value, 100 * value))
+    """Is the number `token` this value, sign and all, rounded as it stands there?"""
+    return f"{value:.{len(token.partition('.')[2])}f}" == token
 
 
 def literal(section, script, data):

@@ -241,10 +241,19 @@ def test_results_have_no_nan_and_old_figures_go(capsys):
 
 
 def test_global_state_is_left_as_found():
-    before = torch.get_float32_matmul_precision()
+    before, random = torch.get_float32_matmul_precision(), torch.get_rng_state()
     with open_run(["--out", "run"]):
         assert torch.get_float32_matmul_precision() == "high"
+        torch.nn.Linear(2, 2)  # draws its weights from the global generator
     assert torch.get_float32_matmul_precision() == before
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_first_calls_are_made_before_anything_is_computed(monkeypatch):
+    calls = []
+    monkeypatch.setattr(common, "settle", lambda: calls.append(1))
+    arguments([])
+    assert calls == [1]
 
 
 def test_plot_lines_draws_what_it_is_given():
