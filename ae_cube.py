@@ -9,7 +9,7 @@ AIML425, 2024). Each model f1-f6 is a row of MODELS and minimises
 channel's, the encoder's, or both. MSE is a mean over points and coordinates; KL, in nats, a mean
 over points and a sum over latent dimensions; MMD^2 is unbiased.
 
-    python ae_cube.py                   all models, 3 seeds: about 4 minutes on 2 CPU cores
+    python ae_cube.py                   all models, 3 seeds: about 5 minutes on 2 CPU cores
     python ae_cube.py --tune            adds the Optuna search: about 4 minutes more
     python ae_cube.py --models f2 --snr 12 --latent 6 --out out/f2      one point of the plane
 

@@ -372,12 +372,6 @@ def show(value, digits=4):
     return mean if value["std"] is None else f"{mean} ± {value['std']:.{digits}f}"
 
 
-def percent(value):
-    """'63.8 ± 4.1 %' from what mean_std returns of a share."""
-    spread = "" if value["std"] is None else f" ± {100 * value['std']:.1f}"
-    return f"{100 * value['mean']:.1f}{spread} %"
-
-
 def panels(rows, columns, width=3.4, height=3.2, **options):
     """(Figure, flat list of its rows x columns axes), each of width x height inches."""
     fig = Figure(figsize=(width * columns, height * rows + 0.5), layout="constrained")

@@ -16,25 +16,15 @@ and is asked for energies, coordinates, anomalies, missing data and the meaning 
     python vae_lj_fluid.py --lambdas 0.000035 0.035  two other weights of the KL, in the same folder
     python vae_lj_fluid.py --sweeps 10000 --out out/settled    a fluid nearer to equilibrium
 
-A run leaves figures, results.json, metrics.csv, the nets and the sets of data with all their
-parameters (units/*.pt) in out/vae_lj_fluid-<preset>. It has not been timed on a GPU. Sampler and
-main VAE have the settings of the authors' code. What the document leaves open, and what we chose:
-* A coordinate that would leave the box is dropped alone; the cut-off at 3 sigma is not shifted; a
-  configuration is the one after 2,500 sweeps. Below r^2 = 0.001 the energy is constant, so that
-  random starts are finite. Quick: half of the configurations, a quarter of the optimiser's steps.
-* Glorot's initial weights, Keras' default. The document's 0.0013 is met as what training logs, the
-  mean over the last epoch; the test error is a third larger. Test errors are those of the mean
-  code; while training goes on, and in the sweeps, those of a drawn one.
-* Other nets: dense n-512-256-D and back, ten times the epochs; a grid of 20 x 20, where the weight
-  of live cells falls to 1 and lambda rises during training. "fails": test error above half of that
-  of the trivial predictor, the mean of the training set. "unit": with the lambda of the slides'
-  likelihood N(mu(z), 1), 2 D / entries for N = 30 (grid: D / entries), to show what lambda does.
-* Energies of reconstructed configurations are those of the tumbled points, gravity included; both
-  histograms leave out pairs with r < 1 and have 50 bins.
-* Corrupted: the code moves 4 particles by up to 0.2 L sqrt 2 per coordinate ("code"), the slide in
-  a direction by up to 0.2, which may be in those units ("slide") or in sigma ("sigma"). The order
-  of the particles is kept, so that rows of the matrix keep their meaning; others are sorted.
-* The second score of an anomaly is RMSE + KL, each standardised by the test set's mean and spread.
+A run leaves figures, results.json, metrics.csv, nets and sets of data (units/*.pt) in
+out/vae_lj_fluid-<preset>; it has not been timed on a GPU. Sampler and main VAE have the settings of
+the authors' code. Quick: half of the configurations, a quarter of the optimiser's steps. We chose:
+* A coordinate that would leave the box is dropped alone, the cut-off is not shifted, and below
+  r^2 = 0.001 the energy is constant, so that random starts are finite.
+* Test errors are those of the mean code; while training goes on, and in the sweeps, of a drawn one.
+* "fails": test error above half of that of the trivial predictor, the mean of the training set (a
+  grid's: above 90 % of it). "unit": with lambda of the slides' likelihood N(mu(z), 1), which is
+  2 D / entries for N = 30 (grid: D / entries). Dense nets train ten times as many epochs.
 """
 import math
 from typing import NamedTuple
@@ -60,8 +50,8 @@ CHUNK = 5000  # chains at a time on a CPU, so that they stay in its cache
 SIZES, CELLS = (3, 6, 9, 12, 15), 20  # of blacked-out blocks; of the grid per side, 0.5 sigma each
 LATENT, LAMBDA, BATCH, RATE = 40, 0.00035, 128, 1e-3
 DOCUMENT = {"mse": 0.0013, "kl": 2.110, "axes": (0.08, 0.15), "js": 0.185}
-RERUN = {0.1: (0.704, 0.422), 0.4: (0.662, 0.257), 0.7: (0.606, 0.193),
-         1.0: (0.557, 0.168)}  # acceptance and mean height / L of the authors' sampler, run again
+RERUN = {0.1: 0.704, 0.4: 0.662, 0.7: 0.606, 1.0: 0.557}  # acceptances of the authors' sampler
+UNSEEN, FAKE = 3.0, 0.5  # gammas of two sets that are not trained on
 BLUE, RED = common.COLOURS[0], common.COLOURS[3]
 
 
@@ -84,19 +74,18 @@ class Model(NamedTuple):
     output: str = "distances"
     latent: int = LATENT       # D
     lam: float = LAMBDA        # lambda, of the KL; 0: no variational part
-    longer: int = 1            # factor on --other-epochs
 
 
 MAIN = "distances, conv"
 MODELS = {  # unit: lambda of the slides' own likelihood, of variance 1
     MAIN: Model(),
-    "coordinates, dense": Model("coordinates", "dense", "coordinates", longer=10),
-    "coordinates, dense, unit": Model("coordinates", "dense", "coordinates", lam=4 / 3, longer=10),
-    "distances, dense": Model(net="dense", longer=10),
-    "distances, dense, unit": Model(net="dense", lam=4 / 45, longer=10),
+    "coordinates, dense": Model("coordinates", "dense", "coordinates"),
+    "coordinates, dense, unit": Model("coordinates", "dense", "coordinates", lam=4 / 3),
+    "distances, dense": Model(net="dense"),
+    "distances, dense, unit": Model(net="dense", lam=4 / 45),
     "grid, conv": Model("grid", output="grid"),
     "grid, conv, unit": Model("grid", output="grid", lam=0.1),
-    "matrix to points, dense": Model("distances", "dense", "coordinates", 256, 0.0, 10),
+    "matrix to points, dense": Model("distances", "dense", "coordinates", 256, 0.0),
     "matrix to points, conv": Model("distances", "conv", "coordinates", 256, 0.0)}
 
 
@@ -209,16 +198,13 @@ REPRESENT = {"coordinates": nn.Flatten(), "distances": distance_matrix, "grid": 
 
 
 def corrupt(xy, reading, box, generator, moved=4):
-    """Move `moved` particles of each configuration (C, N, 2), in units of L sqrt 2: "xy" in sigma,
-    and which particles were "moved" (C, N). They may leave the box; the order is kept.
-
-    reading: "code", uniform within 0.2 per coordinate; "slide", a random direction and a length up
-    to 0.2; "sigma", likewise, the length being in sigma.
-    """
+    """Move `moved` particles of each configuration (C, N, 2), in units of L sqrt 2, by up to 0.2:
+    per coordinate as the authors' "code" does, or in a random direction as their "slide" says.
+    "xy" in sigma, in the same order, also outside of the box, and which were "moved" (C, N)."""
     u = torch.rand(xy.shape, generator=generator, device=xy.device)
     length, angle = 0.2 * u[..., :1], 2 * math.pi * u[..., 1:]
     slide = length * torch.cat([angle.cos(), angle.sin()], -1)
-    step = {"code": 0.4 * u - 0.2, "slide": slide, "sigma": slide / (box * math.sqrt(2))}[reading]
+    step = {"code": 0.4 * u - 0.2, "slide": slide}[reading]
     order = torch.rand(xy.shape[:2], generator=generator, device=xy.device).argsort(1)
     chosen = order < moved  # (C, N)
     return {"xy": (xy + chosen[..., None] * step) * box * math.sqrt(2), "moved": chosen}
@@ -353,11 +339,6 @@ def evaluate(nets, model, x, target=None, noise=False):
     return dict(zip(("x_hat", "error", "mu", "kl"), map(torch.cat, zip(*found))))
 
 
-def rms(x):
-    """Root mean square of all entries."""
-    return (x ** 2).mean().sqrt().item()
-
-
 def contact_density(xy, box, width=0.4, bins=20, degree=3):
     """Particles per length at the wall y = 0 minus at y = L, a value per configuration (C,): that
     of a polynomial fitted to the histogram up to `width` from the wall, a weighted count."""
@@ -378,18 +359,24 @@ def fluid_rows(found):
         contact, g = fluid["temperature"] * contact_density(xy, fluid["box"]), fluid["gamma"][k]
         U, acceptance, height = (found[key][:, k] for key in ("energy", "acceptance", "height"))
         rows.append({
-            "gamma": g, "count": len(xy), "sweeps": int(found["sweep"][-1]),
-            "energy": U[-1].item(), "error": found["error"][-1, k].item(),
-            "settled": U[len(U) // 2:].mean().item(), "acceptance": acceptance.mean().item(),
-            "height / L": height[-1].item() / fluid["box"], "N gamma": fluid["particles"] * g,
-            "contact": contact.mean().item(),
+            "gamma": g, "sweeps": int(found["sweep"][-1]), "energy": U[-1].item(),
+            "error": found["error"][-1, k].item(), "settled": U[len(U) // 2:].mean().item(),
+            "acceptance": acceptance.mean().item(), "height / L": height[-1].item() / fluid["box"],
+            "N gamma": fluid["particles"] * g, "contact": contact.mean().item(),
             "contact error": contact.std().item() / len(contact) ** 0.5})
     return rows
 
 
-def tidy(d):
-    """What a net makes of a matrix of distances as one: symmetric, 0 on the diagonal."""
-    return (d + d.mT) / 2 * (1 - torch.eye(d.shape[-1], device=d.device))
+def representation_row(name, nets, model, xy, test):
+    """Test error of one net, and of the trivial predictor: the mean of the training set xy."""
+    goal = REPRESENT[model.output]
+    target = goal(test)
+    mean = torch.stack([goal(part).sum(0) for part in xy.split(2000)]).sum(0) / len(xy)
+    out = evaluate(nets, model, REPRESENT[model.input](test), target)
+    loss = F.binary_cross_entropy if model.input == "grid" else F.mse_loss
+    trivial = loss(mean.clamp(1e-6, 1).expand_as(target), target)  # empty cells have no logarithm
+    return {"model": name, "latent": model.latent, "error": out["error"].mean().item(),
+            "trivial": trivial.item(), "kl": out["kl"].mean().item() if model.lam else None}
 
 
 def gram_coordinates(d):
@@ -411,10 +398,8 @@ def procrustes(points, goal):
 
 def turbo_tumbler(points, box):
     """Let the convex hull of the points (C, N, 2) sit on its side nearest to the centre of mass:
-    the side on y = 0, the points' extent centred in the box.
-
-    Two points are a side if no other lies beyond the line through them; all pairs P are tried.
-    """
+    the side on y = 0, the points' extent centred in the box. Two points are a side if no other lies
+    beyond the line through them; all pairs P are tried."""
     (i, j), found = torch.triu_indices(points.shape[1], points.shape[1], 1), []
     for part in points.double().split(200):
         side, row = part[:, j] - part[:, i], torch.arange(len(part), device=part.device)
@@ -431,12 +416,6 @@ def turbo_tumbler(points, box):
     return torch.cat(found)
 
 
-def pair_energy(d):
-    """Lennard-Jones energy of distances d (C, N, N) in sigma without pairs below r = 1. -> (C,)"""
-    upper = torch.triu(torch.ones_like(d[0], dtype=torch.bool), 1)
-    return torch.where(upper & (d >= 1), lennard_jones(d ** 2), 0.0).sum((1, 2))
-
-
 def jensen_shannon(a, b, bins=50):
     """Jensen-Shannon distance, 0 to sqrt(log 2) = 0.833, of two samples' histograms in common bins
     from the least to the largest value."""
@@ -450,24 +429,26 @@ def jensen_shannon(a, b, bins=50):
 
 def geometry(d_hat, test, gammas, box):
     """What reconstructed matrices d_hat (C, 1, N, N) say of the true points test (C, N, 2), both in
-    units of L sqrt 2: figures; true, fitted and tumbled points; energies. js: Jensen-Shannon
-    distance of energies of true and tumbled points; js floor: of two halves of the true ones; js
-    pairs: of pairs alone, straight from the matrices."""
-    xy = box * math.sqrt(2) * test.double()
-    true, d = distance_matrix(xy)[:, 0], box * math.sqrt(2) * tidy(d_hat)[:, 0].double()
-    (exact, _), (points, share) = gram_coordinates(true), gram_coordinates(d)
+    units of L sqrt 2: figures; true, fitted and tumbled points; energies of true and tumbled."""
+    def pair(r2):  # without the pairs below r = 1, as in the document
+        return torch.where(r2 >= 1, lennard_jones(r2), 0.0)
+    scale = box * math.sqrt(2)
+    d = (d_hat + d_hat.mT) / 2 * (1 - torch.eye(d_hat.shape[-1]))  # as distances are
+    xy, d = scale * test.double(), scale * d[:, 0].double()
+    exact, _ = gram_coordinates(distance_matrix(xy)[:, 0])
+    points, share = gram_coordinates(d)
     fitted, tumbled = procrustes(points, xy), turbo_tumbler(points, box)
-    U, U_hat = (pair_energy(distance_matrix(x)[:, 0]) + gammas * x[..., 1].sum(1)
-                for x in (xy, tumbled))
-    kinds = {"true": xy, "tumbled": turbo_tumbler(exact, box), "reconstructed": tumbled}
-    heights = [{"gamma": g} | {key: x[gammas == g][..., 1].mean().item()
-                               for key, x in kinds.items()} for g in gammas.unique().tolist()]
-    return {"js": jensen_shannon(U, U_hat), "js floor": jensen_shannon(U[::2], U[1::2]),
-            "js pairs": jensen_shannon(pair_energy(true), pair_energy(d)),
-            "share": share.mean().item(), "heights": heights,
+    U, U_hat = (energy(x.permute(2, 1, 0), gammas, pair) for x in (xy, tumbled))
+    return {"js": jensen_shannon(U, U_hat), "share": share.mean().item(),
             "gram error": (procrustes(exact, xy) - xy).norm(dim=-1).max().item(),
             "procrustes rmse": (fitted - xy).square().sum(-1).mean().sqrt().item()
             }, (xy, fitted, tumbled), (U, U_hat)
+
+
+def principal_axes(mu):
+    """Mean (D,), two leading axes (D, 2) and their shares of the variance (2,), of mu (C, D)."""
+    values, vectors = torch.linalg.eigh(torch.cov(mu.T.cpu().double()))  # ascending
+    return mu.mean(0), vectors.flip(1)[:, :2].to(mu), values.flip(0)[:2] / values.sum()
 
 
 def roc(normal, anomalous):
@@ -480,81 +461,31 @@ def roc(normal, anomalous):
     return false, true, torch.trapezoid(true, false).item()
 
 
-def principal_axes(mu):
-    """Mean (D,), axes (D, D) and their shares of the variance (D,), largest first, of mu (C, D)."""
-    values, vectors = torch.linalg.eigh(torch.cov(mu.T.cpu().double()))
-    return mu.mean(0), vectors.flip(1).to(mu), values.flip(0) / values.sum()
-
-
 def mean_codes(mu, gammas):
-    """The mean (G, D) of the codes (C, D) of each gamma."""
+    """The mean (G, D) of the codes mu (C, D) of each gamma."""
     return torch.stack([mu[gammas == g].mean(0) for g in gammas.unique()])
 
 
-def code_figures(mu, gammas):
-    """Shares of variance of two principal axes, and how often the nearest mean code of a gamma is
-    the own one: means of one half of the codes (C, D), tried on the other."""
-    half, own = len(mu) // 2, gammas[len(mu) // 2:]
-    near = torch.cdist(mu[half:], mean_codes(mu[:half], gammas[:half])).argmin(1).cpu()
-    return {"axes": principal_axes(mu)[2][:2].tolist(),
-            "nearest is own": (gammas.unique()[near] == own).double().mean().item()}
-
-
-def representation_row(name, nets, model, xy, test, box):
-    """Test error of one representation beside those of the training mean ("trivial"; of a grid also
-    of each height, "rows") and of as many principal components ("pca"); distances in sigma, pairs
-    below 0.9 sigma ("overlaps"). The row, and what the net makes of the first configuration."""
-    goal, scale, N = REPRESENT[model.output], box * math.sqrt(2), test.shape[1]
-    mean = torch.stack([goal(part).sum(0) for part in xy.split(2000)]).sum(0) / len(xy)
-    target, true = goal(test), distance_matrix(test)
-    out = evaluate(nets, model, REPRESENT[model.input](test), target)
-    x_hat, rest = out["x_hat"], target - mean
-    row = {"model": name, "error": out["error"].mean().item(), "latent": model.latent,
-           "kl": out["kl"].mean().item() if model.lam else None}
-    if model.input == "grid":
-        for key, p in (("trivial", mean), ("rows", mean.mean(-1, keepdim=True))):
-            row[key] = F.binary_cross_entropy(p.clamp(1e-6, 1).expand_as(target), target).item()
-        row["double cells"] = 1 - (target.sum() / test.shape[:2].numel()).item()
-        return row, x_hat[:1].sigmoid().cpu()
-    row["trivial"] = (rest ** 2).mean().item()
-    if model.output == model.input:
-        axes = principal_axes(goal(xy[:8000]).flatten(1))[1][:, :model.latent]
-        rest = rest.flatten(1)
-        row["pca"] = ((rest - rest @ axes @ axes.T) ** 2).mean().item()
-    points = model.output == "coordinates"
-    d = distance_matrix(x_hat.view(test.shape)) if points else tidy(x_hat)
-    row["distance rmse"] = scale * rms(d - true)
-    for key, x in (("overlaps", d), ("overlaps true", true)):
-        row[key] = ((scale * x < 0.9).sum().item() / len(d) - N) / 2
-    return row, x_hat[:1].cpu()
-
-
 def anomaly_rows(nets, model, normal, gammas, sets):
-    """Errors, codes and detection of each set of matrices {name: (C, 1, N, N)}, beside the test
-    set's evaluation `normal`, whose configurations have the gammas (C,): rows, {name: evaluation}.
-
-    nearest gamma: that of the nearest mean code; spread: mean distance from the mean code, by that
-    of this gamma; AUROC: against the test set; there: by RMSE, against the nearest gamma alone.
+    """Errors and detection of each set of matrices {name: (C, 1, N, N)}, beside the test set's
+    evaluation `normal`, whose configurations have the gammas (C,): rows, {name: evaluation}.
+    AUROC: against the test set, by RMSE and by RMSE + KL, each standardised by the test set's mean
+    and spread; there: by RMSE, against the gamma whose mean code is nearest to that of the set.
     """
     base, nats, rows = normal["error"].sqrt(), normal["kl"].sum(1), []
-
-    def scores(out):
+    means = mean_codes(normal["mu"], gammas)
+    found = {name: evaluate(nets, model, x) for name, x in sets.items()}
+    for name, out in ({"test": normal} | found).items():
         rmse, kl = out["error"].sqrt(), out["kl"].sum(1)
-        return rmse, (rmse - base.mean()) / base.std() + (kl - nats.mean()) / nats.std()
-
-    def width(mu):
-        return (mu - mu.mean(0)).norm(dim=1).mean().item()
-    found = {"test": normal} | {name: evaluate(nets, model, x) for name, x in sets.items()}
-    found |= {f"test, γ = {g:g}": {key: x[gammas == g] for key, x in normal.items()}
-              for g in gammas.unique()}
-    for name, out in found.items():
-        mu, rmse, centres = out["mu"], out["error"].sqrt(), mean_codes(normal["mu"], gammas)
-        out["roc"] = [roc(a, b) for a, b in zip(scores(normal), scores(out))]
-        near = gammas.unique()[(centres - mu.mean(0)).norm(dim=1).argmin().cpu()]
-        row = {"set": name, "rmse": common.mean_std(rmse), "kl": out["kl"].mean().item()}
-        row |= {"nearest gamma": near.item(), "AUROC there": roc(base[gammas == near], rmse)[2]}
-        row["spread"] = width(mu) / width(normal["mu"][gammas == near])
-        rows.append(row | {"AUROC RMSE": out["roc"][0][2], "AUROC RMSE + KL": out["roc"][1][2]})
+        out["scores"] = rmse, (rmse - base.mean()) / base.std() + (kl - nats.mean()) / nats.std()
+        out["roc"] = [roc(a, b) for a, b in zip(normal["scores"], out["scores"])]
+        near = gammas.unique()[(means - out["mu"].mean(0)).norm(dim=1).argmin().cpu()]
+        there = base[gammas == near]
+        rows.append({
+            "set": name, "rmse": common.mean_std(rmse), "kl": out["kl"].mean().item(),
+            "nearest gamma": near.item(), "rmse there": there.mean().item(),
+            "AUROC there": roc(there, rmse)[2],
+            "AUROC RMSE": out["roc"][0][2], "AUROC RMSE + KL": out["roc"][1][2]})
     return rows, found
 
 
@@ -568,84 +499,39 @@ def change_of_rest(before, after, moved):
 
 def missing_rows(nets, model, d, mean, hidden):
     """RMSE inside and outside of blocks of d (C, 1, N, N) that are black in {size: set}: of the
-    mean matrix of the training set, of reconstructions of the whole matrix, of the black one, and
-    of the black one filled with the mean. Rows, and a sheet (4, sizes, N, N)."""
-    rows, sheet, whole = [], [], evaluate(nets, model, d)["x_hat"]
+    mean matrix of the training set, of reconstructions of the black matrix, and of the black one
+    filled with the mean."""
+    rows = []
     for size, found in hidden.items():
         black, where = found["d"].to(d.device), found["where"].to(d.device)
         restored, filled = (evaluate(nets, model, x)["x_hat"]
                             for x in (black, torch.where(where, mean, d)))
-        guesses = {"mean": mean.expand_as(d), "whole": whole, "black": restored, "filled": filled}
         rows.append({"size": size} | {
-            f"{key} {place}": rms((x - d)[at]) for key, x in guesses.items()
+            f"{key} {place}": (x - d)[at].square().mean().sqrt().item()
+            for key, x in (("mean", mean), ("black", restored), ("filled", filled))
             for place, at in (("inside", where), ("outside", ~where))})
-        sheet.append(torch.stack([x[0, 0] for x in (d, black, restored, filled)]))
-    return rows, torch.stack(sheet, 1).cpu()
+    return rows
 
 
 def texture(d):
     """Root mean square step between neighbouring entries of d (C, 1, N, N) above the diagonal;
     small where it has no features."""
-    return rms((d[..., 1:] - d[..., :-1])[..., torch.ones_like(d[0, 0, :, 1:]).triu(1) > 0])
+    steps = (d[..., 1:] - d[..., :-1])[..., torch.ones_like(d[0, 0, :, 1:]).triu(1) > 0]
+    return steps.square().mean().sqrt().item()
 
 
 @torch.no_grad()
-def probe(nets, normal, d, mean, generator, count=5):
-    """The origin of the latent space, the `count` dimensions with the largest KL (and their
-    traversal from -3 to 3), and draws from the prior along these alone and along all dimensions:
-    figures, and a sheet of matrices (count + 3, 7, N, N)."""
-    kl, decode, device = normal["kl"].mean(0), nets["decoder"], d.device
-    D, top = len(kl), kl.topk(count).indices
-    walk = torch.zeros(count, 7, D, device=device)
-    walk[torch.arange(count), :, top] = torch.linspace(-3, 3, 7, device=device)
-    walk = decode(walk.flatten(0, 1)).view(count, 7, *d.shape[2:])
-    patterns = F.normalize((walk[:, -1] - walk[:, 0]).flatten(1), dim=1)
-    code = torch.randn(200, D, generator=generator, device=device)
-    few = torch.zeros_like(code).index_copy(1, top, code[:, top])
-    matrices = {"zero": decode(torch.zeros_like(code[:1])), "mean": mean[None], "real": d[:200],
-                "drawn": decode(few), "drawn along all": decode(code),
-                "reconstructed": normal["x_hat"][:200]}
-    sheet = torch.full((count + 3, 7, *d.shape[2:]), math.nan, device=device)
-    sheet[0, :3] = torch.cat([matrices[key][0] for key in ("zero", "mean", "real")])
-    sheet[1:-2] = walk
-    sheet[-2], sheet[-1] = matrices["drawn"][:7, 0], matrices["drawn along all"][:7, 0]
-    return {"kl by dimension": kl.tolist(), "top": top.tolist(),
-            "cosine": (patterns @ patterns.T).fill_diagonal_(0).abs().max().item(),
-            "texture": {key: texture(x) for key, x in matrices.items()},
-            "share": {key: gram_coordinates(tidy(x)[:, 0].cpu())[1].mean().item()
-                      for key, x in matrices.items()}}, sheet.cpu()
+def probe(decoder, kl, generator, count=5):
+    """Matrices (count + 1, 7, N, N) decoded along each of the `count` dimensions with the largest
+    kl (D,), from -3 to 3, z = 0 in the middle, and from draws in these alone; the dimensions."""
+    top = kl.topk(count).indices
+    z = torch.zeros(count + 1, 7, len(kl), device=kl.device)
+    z[torch.arange(count), :, top] = torch.linspace(-3, 3, 7, device=kl.device)
+    z[-1][:, top] = torch.randn(7, count, generator=generator, device=kl.device)
+    return decoder(z.flatten(0, 1)).unflatten(0, (count + 1, 7))[:, :, 0], top.tolist()
 
 
 # --- plot ----------------------------------------------------------------------------------------
-
-def gallery(rows, titles, box):
-    """Pictures in a grid, {label: [cell, ...]}. A cell is {colour: points (N, 2) in sigma}, in the
-    box, or a matrix (N, N), from 0 to 1 or, with negative entries, from -0.2 to 0.2."""
-    bare = dict(xticks=[], yticks=[])
-    fig, axes = common.panels(len(rows), len(titles), 2.3, 2.3, subplot_kw=bare)
-    for ax, cell in zip(axes, sum(rows.values(), [])):
-        if isinstance(cell, dict):
-            ax.plot([0, box, box, 0, 0], [0, 0, box, box, 0], color="0.6", lw=0.8)
-            for colour, points in cell.items():
-                ax.plot(*points.T, "o", ms=4, color=colour)
-            ax.set(aspect="equal", xlim=(-0.08 * box, 1.08 * box), ylim=(-0.08 * box, 1.08 * box))
-        elif cell.min() < 0:
-            ax.imshow(cell.numpy(), cmap="RdBu_r", vmin=-0.2, vmax=0.2)
-        else:
-            ax.imshow(cell.numpy(), vmin=0, vmax=1)
-    for ax, title in zip(axes, titles):
-        ax.set_title(title, fontsize="small")
-    for ax, label in zip(axes[::len(titles)], rows):
-        ax.set_ylabel(label)
-    return fig
-
-
-def plot_sheet(sheet, rows, columns=()):
-    """Matrices (rows, columns, N, N) with labels."""
-    fig, shown = common.plot_sheet(sheet[:, :, None], 1.2, 1, rows, columns, cmap="viridis")
-    fig.colorbar(shown, shrink=0.3, label="r / (L√2)")
-    return fig
-
 
 def histogram(label, x, low, high, colour, bins=50):
     """A line of common.plot_lines: the probability density of the numbers x."""
@@ -655,20 +541,11 @@ def histogram(label, x, low, high, colour, bins=50):
     return label, middles, count / count.sum() * bins / (high - low), style
 
 
-def scatter(codes, gammas, plane):
-    """Lines of common.plot_lines: codes (C, D) in a plane, origin (D,) and axes (D, 2); at most 500
-    of each gamma."""
-    return [(f"γ = {g:g}", *((codes[gammas == g][:500] - plane[0]) @ plane[1]).T.cpu(),
+def scatter(codes, gammas, mean, axes):
+    """Lines of common.plot_lines: codes (C, D) in the plane of axes (D, 2), 500 of each gamma."""
+    return [(f"γ = {g:g}", *((codes[gammas == g][:500] - mean) @ axes).T.cpu(),
              dict(ls="", marker=".", ms=3, alpha=0.6, color=colour))
             for g, colour in zip(gammas.unique(), common.COLOURS)]
-
-
-def plane_of_means(mu, gammas):
-    """Origin (D,) and two axes (D, 2) of the plane next to the mean codes of the gammas; with less
-    than three gammas, of the codes (C, D)."""
-    centres = mean_codes(mu, gammas)
-    origin, axes, _ = principal_axes(centres if len(centres) > 2 else mu)
-    return origin, axes[:, :2]
 
 
 def plot_equilibrium(sets, long, rows):
@@ -680,45 +557,43 @@ def plot_equilibrium(sets, long, rows):
             energies.append((label, run["sweep"], run["energy"][:, column], dict(
                 std=run["error"][:, column], ls=line, color=colour)))
         profiles.append(histogram(None, found["xy"][..., 1], 0, box, colour, 100))
-    ends, end = [row["energy"] for row in rows], max(row["N gamma"] for row in rows)
-    weight, contact, error = (torch.tensor([row[key] for row in rows])
-                              for key in ("N gamma", "contact", "contact error"))
+    ends, weight, contact, error = (torch.tensor([row[key] for row in rows]) for key in (
+        "energy", "N gamma", "contact", "contact error"))
     return common.plot_lines({
         "energy (dotted: data sets; drawn: few chains, long)": (energies, dict(
             xscale="log", xlabel="sweeps", ylabel="U / ε, mean ± standard error",
-            ylim=(min(*ends, long["energy"].min().item()) - 3, max(ends) + 15))),
+            ylim=(min(ends.min().item(), long["energy"].min().item()) - 3,
+                  ends.max().item() + 15))),
         "contact theorem (grey: in equilibrium)": (
             [(None, weight, contact, dict(std=error, marker="o", color=BLUE)),
-             (None, [0, end], [0, end], dict(color="0.5"))],
+             (None, [0, weight.max()], [0, weight.max()], dict(color="0.5"))],
             dict(xlabel="weight N γ / (ε/σ)", ylabel="T [ρ(0) − ρ(L)] / (ε/σ)")),
         "density profiles": (profiles, dict(
             yscale="log", xlabel="height y / σ", ylabel="probability density of a height"))},
         width=4.4)
 
 
-def swept(rows, key):
-    """Those rows that differ from the main VAE in nothing but "latent" or "lambda", in order."""
-    same = ("lambda", LAMBDA) if key == "latent" else ("latent", LATENT)
-    return sorted((row for row in rows if row[same[0]] == same[1]), key=lambda row: row[key])
-
-
-def plot_latent(mu, gammas, history, sweeps):
-    """Codes in two planes; error and KL in training, by latent size and by lambda."""
-    (mean, axes, shares), charts = principal_axes(mu), {}
-    for term, unit, title, plane in (
-            ("error", "mean squared error",
-             f"codes, principal axes ({shares[0]:.1%}, {shares[1]:.1%})", (mean, axes[:, :2])),
-            ("kl", "KL per dimension / nats", "codes, plane of the γs' means",
-             plane_of_means(mu, gammas))):
-        charts[title] = scatter(mu, gammas, plane), dict(xlabel="first axis", ylabel="second axis")
-        for key, rows in (("epoch", history), ("latent", swept(sweeps, "latent")),
-                          ("lambda", swept(sweeps, "lambda"))):
-            x = [row[key] if key == "epoch" else f"{row[key]:g}" for row in rows]
-            lines = [(label, x, [row[name] for row in rows], dict(marker="o", color=colour))
-                     for label, name, colour in (("training", term, BLUE),
-                                                 ("test", f"test {term}", RED))]
-            charts[f"{term}, {key}"] = lines, dict(xlabel=key, ylabel=unit)
-    return common.plot_lines(charts, legend="each")
+def plot_matrices(found, gammas, box):
+    """One configuration of each gamma of found: matrices and reconstructions (C, N, N), in units of
+    L sqrt 2; points, and those of the latter by Procrustes and by the tumbler (C, N, 2)."""
+    titles = ("r / (L√2),\n0 (dark) to 1", "reconstruction", "difference,\n−0.2 (blue) to 0.2",
+              "points", "Gram matrix, Procrustes\n(grey: original)", "Gram matrix, turbo tumbler")
+    fig, axes = common.panels(len(gammas.unique()), 6, 2.3, 2.3,
+                             subplot_kw=dict(xticks=[], yticks=[]))
+    for ax, title in zip(axes, titles):
+        ax.set_title(title, fontsize="small")
+    for k, g in enumerate(gammas.unique()):
+        row, (d, d_hat, *points) = axes[6 * k:6 * k + 6], (x[gammas == g][0] for x in found)
+        row[0].set_ylabel(f"γ = {g:g}")
+        row[0].imshow(d.numpy(), vmin=0, vmax=1)
+        row[1].imshow(d_hat.numpy(), vmin=0, vmax=1)
+        row[2].imshow((d_hat - d).numpy(), cmap="RdBu_r", vmin=-0.2, vmax=0.2)
+        row[4].plot(*points[0].T, "o", ms=4, color="0.8")
+        for ax, xy, colour in zip(row[3:], points, (BLUE, RED, RED)):
+            ax.plot([0, box, box, 0, 0], [0, 0, box, box, 0], color="0.6", lw=0.8)
+            ax.plot(*xy.T, "o", ms=4, color=colour)
+            ax.set(aspect="equal", xlim=(-0.08 * box, 1.08 * box), ylim=(-0.08 * box, 1.08 * box))
+    return fig
 
 
 def plot_energies(energies, gammas):
@@ -732,20 +607,18 @@ def plot_energies(energies, gammas):
         for title, at in chosen.items()}, columns=len(chosen), width=3)
 
 
-def plot_anomalies(found, sets, gammas):
-    """RMSE histograms, codes in the plane of the test set's mean codes, and ROC curves."""
-    rmse = {name: found[name]["error"].sqrt() for name in ("test", *sets)}
-    high = 1.1 * max(x.quantile(0.99).item() for x in rmse.values())
-    mu, errors, codes, curves = found["test"]["mu"], {}, {}, {}
-    origin, axes = plane_of_means(mu, gammas)
-    for name in sets:
-        cross = ((found[name]["mu"][:500] - origin) @ axes).T.cpu()
-        first, second = found[name]["roc"]  # by RMSE, by RMSE + KL
-        errors[name] = [histogram("test", rmse["test"], 0, high, BLUE),
-                        histogram("anomalous", rmse[name], 0, high, RED)], dict(
+def plot_anomalies(normal, found, gammas, mean, axes):
+    """RMSE histograms, codes in the plane of axes (D, 2), and ROC curves of sets found."""
+    high = 1.1 * max(out["scores"][0].quantile(0.99).item() for out in (normal, *found.values()))
+    known, errors, codes, curves = scatter(normal["mu"], gammas, mean, axes), {}, {}, {}
+    for name, out in found.items():
+        x, y = ((out["mu"][:500] - mean) @ axes).T.cpu()
+        first, second = out["roc"]  # by RMSE, by RMSE + KL
+        errors[name] = [histogram("test", normal["scores"][0], 0, high, BLUE),
+                        histogram("anomalous", out["scores"][0], 0, high, RED)], dict(
             xlabel="RMSE of a matrix", ylabel="probability density")
-        codes[f"{name}: codes"] = scatter(mu, gammas, (origin, axes)) + [
-            ("anomalous", *cross, dict(ls="", marker="x", ms=3, color="k"))], dict(
+        codes[f"{name}: codes"] = [
+            *known, ("anomalous", x, y, dict(ls="", marker="x", ms=3, color="k"))], dict(
             xlabel="plane of the γs' mean codes", ylabel="second axis")
         curves[f"{name}: {first[2]:.3f}, {second[2]:.3f}"] = [
             ("RMSE, first area", *first[:2], dict(color=BLUE)),
@@ -761,13 +634,11 @@ def plot_anomalies(found, sets, gammas):
 
 def arguments(argv=None):
     parser = common.Parser(__doc__, PRESETS)
-    add = parser.add
     for flag, kind, low, high, default, text in (
             ("gammas", float, 0, 100, [0.1, 0.4, 0.7, 1.0],
              "gravity of the training sets, in epsilon / sigma"),
-            ("unseen", float, 0, 100, 3.0, "gravity of the set that is not trained on"),
             ("temperature", float, 0.01, 1000, 0.75, "temperature T, in epsilon"),
-            ("particles", int, 8, 64, 30, "particles N"),
+            ("particles", int, 16, 64, 30, "particles N"),  # the largest block has 15
             ("box", float, 1, 1000, 10.0, "side L, in sigma"),
             ("configurations", int, 20, 10**6, None, "independent systems per gamma"),
             ("anomalies", int, 20, 10**6, None, "configurations per anomalous set"),
@@ -778,8 +649,8 @@ def arguments(argv=None):
             ("other-epochs", int, 1, 10**4, None, "epochs of other nets (dense: ten-fold)"),
             ("latents", int, 2, 2000, [], f"latent sizes to train beside {LATENT}"),
             ("lambdas", float, 0, 100, [], f"weights of the KL to train beside {LAMBDA}")):
-        add(f"--{flag}", type=common.number(kind, low, high), default=default, help=text,
-            nargs="+" if isinstance(default, list) else None)
+        parser.add(f"--{flag}", type=common.number(kind, low, high), default=default, help=text,
+                   nargs="+" if isinstance(default, list) else None)
     args = parser.parse(argv)
     args.gammas = sorted(set(args.gammas))
     for flag, wrong, why in (
@@ -793,8 +664,6 @@ def arguments(argv=None):
             ("gammas", len(args.gammas) > 8, f"{len(args.gammas)} values, at most 8")):
         if wrong:
             parser.error(f"argument --{flag}: {why}")
-    args.latents = sorted(set(args.latents) - {LATENT})
-    args.lambdas = sorted(set(args.lambdas) - {LAMBDA})
     return args
 
 
@@ -816,8 +685,8 @@ def make_sets(run, args):
         add(name, {"count": C, "seed": args.seed} | parameters,
             lambda _: make(common.generator(args.seed, name)))
     fluids = {f"fluid-{g:g}": ((g,), args.configurations, args.sweeps) for g in args.gammas}
-    fluids |= {"unseen": ((args.unseen,), C, args.sweeps),
-               "fake": ((0.5,), C, 2 * args.sweeps, "fake"),
+    fluids |= {"unseen": ((UNSEEN,), C, args.sweeps),
+               "fake": ((FAKE,), C, 2 * args.sweeps, "fake"),
                "long": (tuple(args.gammas), args.chains * len(args.gammas), args.long_sweeps)}
     for name, what in fluids.items():
         fluid = Fluid(*what, particles=N, box=L, temperature=args.temperature, seed=args.seed)
@@ -830,24 +699,24 @@ def make_sets(run, args):
     xy, test = by_origin(xy[order] / (L * math.sqrt(2))).split([n, len(xy) - n])
     gammas = torch.tensor(args.gammas, dtype=torch.double).repeat_interleave(args.configurations)
     derive("random", lambda g: {"xy": L * torch.rand(C, N, 2, generator=g)}, particles=N, box=L)
-    for reading in ("code", "slide", "sigma"):
+    for reading in ("code", "slide"):
         derive(f"corrupted-{reading}", lambda g: corrupt(test[:C], reading, L, g), reading=reading)
     for size in SIZES:
-        if size < N:
-            derive(f"blacked-out-{size}", lambda g: black_out(
-                distance_matrix(test[:500]), size, g), size=size)
+        derive(f"blacked-out-{size}", lambda g: black_out(distance_matrix(test[:500]), size, g),
+               size=size)
     return sets, xy.to(args.device), test.to(args.device), gammas[order][n:]
 
 
 def train_all(run, args, xy, test):
     """Everything trained, a work unit each: {name: (nets, model)}, and the rows of all epochs."""
-    models = MODELS | {f"latent {D}": Model(latent=D) for D in args.latents}
-    models |= {f"lambda {lam}": Model(lam=lam) for lam in args.lambdas}
+    models = MODELS | {f"latent {D}": Model(latent=D) for D in args.latents if D != LATENT}
+    models |= {f"lambda {lam}": Model(lam=lam) for lam in args.lambdas if lam != LAMBDA}
     trained, history = {}, []
     for name, model in models.items():
         g = common.generator(args.seed, name, args.device)
         nets = build(model, args.particles, g)
-        epochs = args.epochs if name == MAIN else model.longer * args.other_epochs
+        longer = 10 if model.net == "dense" else 1
+        epochs = args.epochs if name == MAIN else longer * args.other_epochs
         result = run.unit(name.replace(", ", "-").replace(" ", "-"), lambda checkpoint: {
             "rows": train(name, nets, model, xy, test[:2000], epochs, g, checkpoint),
             "state": nets.state_dict()})
@@ -859,72 +728,64 @@ def train_all(run, args, xy, test):
 
 def net_claims(results, epochs):
     """On representations, nets and codes: (claim, document, here, holds)."""
-    last, shape, codes = (results[key] for key in ("training", "geometry", "codes"))
-    last, (mse, kl, (low, high), js) = last[-1], DOCUMENT.values()
-    nets, axes = {row["model"]: row for row in results["representations"]}, sum(codes["axes"])
+    last, shape, axes = results["training"][-1], results["geometry"], sum(results["codes"]["axes"])
+    mse, kl, (low, high), js = DOCUMENT.values()
+    nets = {row["model"]: row for row in results["representations"]}
     table = [
         (f"MSE, in epoch {last['epoch']} of training (at most that)", f"{mse}",
          f"{last['error']:.4f}; test {last['test error']:.4f}; mean matrix "
-         f"{nets[MAIN]['trivial']:.4f}, PCA with {LATENT} {nets[MAIN]['pca']:.4f}",
-         round(last["error"], 4) <= mse),
+         f"{nets[MAIN]['trivial']:.4f}", round(last["error"], 4) <= mse),
         ("KL per dimension in nats there (at most 2.2)", f"{kl:.3f}",
          f"{last['kl']:.3f}; test {last['test kl']:.3f}", last["kl"] <= 2.2),
         ("variance of the codes on two principal axes", f"{low:.0%} to {high:.0%}", f"{axes:.1%}",
          low <= axes <= high),
-        ("energies, Jensen-Shannon distance (at most that)", f"{js}", f"{shape['js']:.3f}; pairs "
-         f"alone {shape['js pairs']:.3f}; two halves of the true ones {shape['js floor']:.3f}",
+        ("energies, Jensen-Shannon distance (at most that)", f"{js}", f"{shape['js']:.3f}",
          shape["js"] <= js),
         ("Gram matrix gives back the points (0.001 σ, true distances)", "yes",
-         f"{shape['gram error']:.1e} σ; from reconstructed ones {shape['procrustes rmse']:.2f} σ",
-         shape["gram error"] < 1e-3)]
-    for key, name, sign in (("latent", "larger latent size", 1), ("lambda", "lower lambda", -1)):
-        rows = swept(results["sweeps"], key)[::sign]
-        if len(rows) > 1:
+         f"{shape['gram error']:.1e} σ; from reconstructed ones {shape['procrustes rmse']:.2f} σ, "
+         f"{shape['share']:.0%} in two eigenvalues", shape["gram error"] < 1e-3)]
+    for key, name in (("latent", "larger latent size"), ("lambda", "lower lambda")):
+        errors = sorted({row[key]: row["test error"] for row in results["sweeps"]
+                         if row["model"].startswith((MAIN, key))}.items(), reverse=key == "lambda")
+        if len(errors) > 1:
             table.append((f"lower test MSE with {name} (after {epochs} epochs)", "yes",
-                          ", ".join(f"{row[key]:g}: {row['test error']:.4f}" for row in rows),
-                          all(a["test error"] > b["test error"] for a, b in zip(rows, rows[1:]))))
+                          ", ".join(f"{x:g}: {error:.4f}" for x, error in errors),
+                          all(a[1] > b[1] for a, b in zip(errors, errors[1:]))))
     for name, row in nets.items():
-        share = row["error"] / row.get("rows", row["trivial"])
-        text, holds = "fails (test error above half of the trivial)", share > 0.5
+        share = row["error"] / row["trivial"]
+        limit, words = (0.9, "90 %") if "grid" in name else (0.5, "half")
+        text, holds = "fails (test error above", share > limit
         if name == MAIN:
-            text, holds = "works (test error below half of the trivial)", share < 0.5
-        if "rows" in row:
-            text, holds = "learns at most a gradient in y (error above 90 % of its)", share > 0.9
-        table.append((f"{name} {text}", "-" if "unit" in name else "yes",
+            text, holds = "works (test error below", share < limit
+        table.append((f"{name} {text} {words} of the trivial)", "-" if "unit" in name else "yes",
                       f"{row['error']:.4f}, {share:.0%} of it", holds))
-    own, chance = codes["nearest is own"], 1 / len(results["fluid"])
-    if chance < 1:
-        table.append((f"codes lie by gamma (nearest mean is their own; {chance:.0%} by chance)",
-                      "yes", f"{own:.0%}", own - chance > (1 - chance) / 3))
     return table
 
 
-def anomaly_claims(results, unseen):
+def anomaly_claims(results):
     """On anomalies, missing data and the latent space: (claim, document, here, holds)."""
     sets, table = {row["set"]: row for row in results["anomalies"]}, []
-    gammas, hidden = [row["gamma"] for row in results["fluid"]], results["missing"]
-    for name, g in (("unseen", unseen), ("fake", 0.5)):
-        beside = sorted({max([f for f in gammas if f <= g], default=gammas[0]),
-                         min([f for f in gammas if f >= g], default=gammas[-1])})
-        near, rmse = sets[name]["nearest gamma"], sets[name]["rmse"]["mean"]
-        usual = sets[f"test, γ = {near:g}"]["rmse"]["mean"]
-        table.append((f"{name} (γ = {g:g}): beside γ = {' or '.join(f'{f:g}' for f in beside)}, "
-                      "RMSE at most 1.5 times", "yes", f"γ = {near:g}; {rmse:.4f}, {usual:.4f}; "
-                      f"area under ROC {sets[name]['AUROC RMSE']:.2f}",
-                      near in beside and rmse <= 1.5 * usual))
+    gammas = [row["gamma"] for row in results["fluid"]]
+    hidden, rough = results["missing"], results["probe"]["texture"]
     areas = {name: f"{row['AUROC RMSE']:.3f}; RMSE + KL {row['AUROC RMSE + KL']:.3f}"
              for name, row in sets.items()}
-    row, near = sets["random"], f"γ = {sets['random']['nearest gamma']:g}"
-    table += [("random: separable by RMSE (area under ROC above 0.9)", "yes",
-               f"{areas['random']}; from {near} {row['AUROC there']:.3f}", row["AUROC RMSE"] > 0.9),
-              (f"random: codes spread more (than {near}, by a tenth)", "yes",
-               f"{row['spread']:.2f} times", row["spread"] > 1.1)]
+    for name, g in (("unseen", UNSEEN), ("fake", FAKE)):
+        below, above = [f for f in gammas if f <= g], [f for f in gammas if f >= g]
+        beside = sorted({*below[-1:], *above[:1]})
+        row, near = sets[name], sets[name]["nearest gamma"]
+        table.append((f"{name} (γ = {g:g}): beside γ = {' or '.join(f'{f:g}' for f in beside)}, "
+                      "RMSE at most 1.5 times", "yes", f"γ = {near:g}; {row['rmse']['mean']:.4f}, "
+                      f"{row['rmse there']:.4f}; area under ROC {row['AUROC RMSE']:.2f}",
+                      near in beside and row["rmse"]["mean"] <= 1.5 * row["rmse there"]))
+    row = sets["random"]
+    table.append(("random: separable by RMSE (area under ROC above 0.9)", "yes",
+                  f"{areas['random']}; from γ = {row['nearest gamma']:g} {row['AUROC there']:.3f}",
+                  row["AUROC RMSE"] > 0.9))
     for name, change in results["change of the rest"].items():
         table += [(f"{name}: RMSE reflects it (area above 0.9)", "yes", areas[name],
                    sets[name]["AUROC RMSE"] > 0.9),
                   (f"{name}: the whole matrix shifts (untouched pairs half as much)", "yes",
                    f"{change:.2f} times the touched", change > 0.5)]
-    texture, share, cosine = (results["probe"][key] for key in ("texture", "share", "cosine"))
     black, filled = (sum(row[f"{key} inside"] < row["mean inside"] for row in hidden)
                      for key in ("black", "filled"))
     return table + [
@@ -932,13 +793,8 @@ def anomaly_claims(results, unseen):
          f"{black} of {len(hidden)} sizes; filled with the mean first {filled}",
          black == len(hidden)),
         ("zero latent featureless (texture below a quarter of reconstructions')", "yes",
-         f"{texture['zero']:.3f}, {texture['reconstructed']:.3f}; real {texture['real']:.3f}, mean "
-         f"matrix {texture['mean']:.3f}", texture["zero"] < texture["reconstructed"] / 4),
-        ("each dimension another pattern (|cosine| of five below 0.5)", "yes",
-         f"at most {cosine:.2f}", cosine < 0.5),
-        ("draws along five dimensions are no configurations (two eigenvalues' share)", "yes",
-         f"{share['drawn']:.3f}; along all {share['drawn along all']:.3f}, reconstructions "
-         f"{share['reconstructed']:.3f}", share["drawn"] < share["reconstructed"] - 0.02)]
+         f"{rough['zero']:.3f}, {rough['reconstructed']:.3f}; real {rough['real']:.3f}, mean "
+         f"matrix {rough['mean']:.3f}", rough["zero"] < rough["reconstructed"] / 4)]
 
 
 def fluid_claims(results, faithful):
@@ -953,81 +809,64 @@ def fluid_claims(results, faithful):
             f"U {row['energy']:.2f} ± {row['error']:.2f}, after {end['sweeps']:,} "
             f"{end['settled']:.2f}; contact {row['contact']:.2f} ± {row['contact error']:.2f} of "
             f"{row['N gamma']:g}", abs(drift) < 3 * error and abs(miss) < 3 * row["contact error"]))
-    rows = [row for row in rows if row["gamma"] in RERUN and faithful]
-    for k, key in enumerate(("acceptance", "height / L") if rows else ()):
-        theirs, ours = [RERUN[row["gamma"]][k] for row in rows], [row[key] for row in rows]
-        table.append((f"{key} as of the authors' sampler (within 0.01)",
-                      *(", ".join(f"{x:.3f}" for x in values) for values in (theirs, ours)),
-                      all(abs(a - b) < 0.01 for a, b in zip(theirs, ours))))
+    pairs = [(RERUN[row["gamma"]], row["acceptance"]) for row in rows if row["gamma"] in RERUN]
+    if faithful and pairs:
+        table.append(("acceptance as of the authors' sampler (within 0.01)",
+                      *(", ".join(f"{x:.3f}" for x in values) for values in zip(*pairs)),
+                      all(abs(a - b) < 0.01 for a, b in pairs)))
     return table
-
-
-def picture(kind, x, box, colour):
-    """What gallery shows of a representation x (1, ...) of one configuration."""
-    if kind == "coordinates":
-        return {colour: box * math.sqrt(2) * x.view(-1, 2)}
-    return x[0, 0] if kind == "distances" else x[0, 0].flip(0) / x.max()  # floor below
 
 
 def study(run, args, sets, trained, history, xy, test, gammas):
     """Every figure of results.json, and the pictures: of sets, nets, and the configurations to
     train and to test (C, N, 2) in units of L sqrt 2, the latter's gammas (C,)."""
-    (nets, model), L = trained[MAIN], args.box
+    (nets, model), scale = trained[MAIN], args.box * math.sqrt(2)
     fluids = [sets[f"fluid-{g:g}"] for g in args.gammas]
     fluid, long = [row for found in fluids for row in fluid_rows(found)], fluid_rows(sets["long"])
     run.figure(plot_equilibrium(fluids, sets["long"], fluid), "equilibrium", "Has it settled?")
-
-    rows, outputs = zip(*(
-        representation_row(name, *trained[name], xy, test[:2000], L) for name in MODELS))
-    kinds = [model.output for model in MODELS.values()]
-    run.figure(gallery({
-        "original": [picture(kind, REPRESENT[kind](test[:1].cpu()), L, BLUE) for kind in kinds],
-        "reconstruction": [picture(kind, x, L, RED) for kind, x in zip(kinds, outputs)]},
-        [f"{x['model']}\nerror / trivial {x['error'] / x['trivial']:.2f}" for x in rows], L),
-        "representations", "Representations and nets: one configuration of the test set")
-
-    training = [row for row in history if row["model"] == MAIN]
-    sweeps = [row for row in history if row["epoch"] == args.other_epochs
-              and row["model"] in trained.keys() - MODELS.keys() | {MAIN}]
     d, mean = distance_matrix(test), sum(distance_matrix(part).sum(0) for part in xy.split(2000))
     mean, normal = mean / len(xy), evaluate(nets, model, d)
-    run.figure(plot_latent(normal["mu"], gammas, training, sweeps), "latent",
-               "Codes of the test set; training; latent size and λ")
-    original, x_hat = d[:, 0].cpu(), normal["x_hat"][:, 0].cpu()
-    shape, (points, fitted, tumbled), energies = geometry(x_hat[:, None], test.cpu(), gammas, L)
-    firsts = {f"γ = {g:g}": (gammas == g).nonzero()[0, 0] for g in gammas.unique()}
-    names = ("r / (L√2),\n0 (dark) to 1", "reconstruction", "difference,\n−0.2 (blue) to 0.2",
-             "points", "Gram matrix, Procrustes\n(grey: original)", "Gram matrix, turbo tumbler")
-    run.figure(gallery({
-        label: [original[k], x_hat[k], x_hat[k] - original[k], {BLUE: points[k]},
-                {"0.8": points[k], RED: fitted[k]}, {RED: tumbled[k]}]
-        for label, k in firsts.items()}, names, L), "matrices",
-        "Distance matrices and the points they hold")
+    x_hat = normal["x_hat"].cpu()
+    shape, points, energies = geometry(x_hat, test.cpu(), gammas, args.box)
+    run.figure(plot_matrices((d.cpu()[:, 0], x_hat[:, 0], *points), gammas, args.box), "matrices",
+               "Distance matrices and the points they hold")
     run.figure(plot_energies(energies, gammas), "energies",
                f"Energies: Jensen–Shannon distance {shape['js']:.3f}")
-
-    anomalies = {name: sets[name]["xy"].to(args.device) / (L * math.sqrt(2)) for name in sets
-                 if name in ("unseen", "fake", "random") or "moved" in sets[name]}
-    anomalies = {name: distance_matrix(x if "moved" in sets[name] else by_origin(x))
-                 for name, x in anomalies.items()}
-    anomaly, found = anomaly_rows(nets, model, normal, gammas, anomalies)
-    run.figure(plot_anomalies(found, anomalies, gammas), "anomalies",
+    *plane, shares = principal_axes(normal["mu"])
+    means, axis = mean_codes(normal["mu"], gammas), dict(xlabel="first axis", ylabel="second axis")
+    across = principal_axes(means)[:2] if len(means) > 2 else plane
+    run.figure(common.plot_lines({
+        f"principal axes ({shares[0]:.1%}, {shares[1]:.1%})": (
+            scatter(normal["mu"], gammas, *plane), axis),
+        "plane of the γs' means": (scatter(normal["mu"], gammas, *across), axis)}),
+        "latent", "Codes of the test set")
+    strange = {name: by_origin(sets[name]["xy"] / scale) for name in ("unseen", "fake", "random")}
+    strange |= {name: found["xy"] / scale for name, found in sets.items() if "moved" in found}
+    anomalies, found = anomaly_rows(nets, model, normal, gammas, {
+        name: distance_matrix(x.to(args.device)) for name, x in strange.items()})
+    run.figure(plot_anomalies(normal, found, gammas, *across), "anomalies",
                "Anomalies against the test set")
     change = {name: change_of_rest(normal["x_hat"], found[name]["x_hat"], sets[name]["moved"])
-              for name in anomalies if "moved" in sets[name]}
+              for name in found if "moved" in sets[name]}
     hidden = {found["parameters"]["size"]: found for found in sets.values() if "where" in found}
-    missing, sheet = missing_rows(nets, model, d[:500], mean, hidden)
-    names = "original", "black", "reconstructed", "filled and\nreconstructed"
-    run.figure(plot_sheet(sheet, names, [f"{size} × {size}" for size in hidden]), "missing",
-               "Missing data")
-    probed, sheet = probe(nets, normal, d, mean, common.generator(args.seed, "probe", args.device))
-    names = ["z = 0, mean, real", *(f"$z_{{{k}}}$ from −3 to 3" for k in probed["top"]),
-             "draws along\nthese alone", "draws along\nall"]
-    run.figure(plot_sheet(sheet, names), "probe",
-               "Latent space probing: the origin, the five dimensions of largest KL, draws")
-    return {"fluid": fluid, "long": long, "training": training, "sweeps": sweeps,
-            "representations": rows, "codes": code_figures(normal["mu"], gammas), "geometry": shape,
-            "anomalies": anomaly, "change of the rest": change, "missing": missing, "probe": probed}
+    sheet, top = probe(nets["decoder"], normal["kl"].mean(0),
+                       common.generator(args.seed, "probe", args.device))
+    names = [*(f"$z_{{{k}}}$ from −3 to 3" for k in top), "draws along\nthese alone"]
+    run.figure(common.plot_sheet(sheet[:, :, None].cpu(), 1.2, 1, names, cmap="viridis")[0],
+               "probe", "The five dimensions of largest KL, z = 0 in the middle; draws: r / (L√2), "
+               "0 (dark) to 1")
+    matrices = {"zero": sheet[:1, 3:4], "mean": mean[None], "real": d[:200],
+                "reconstructed": normal["x_hat"][:200]}
+    return {"fluid": fluid, "long": long,
+            "training": [row for row in history if row["model"] == MAIN],
+            "sweeps": [row for row in history if row["epoch"] == args.other_epochs
+                       and row["model"] in (trained.keys() - MODELS.keys()) | {MAIN}],
+            "representations": [representation_row(name, *trained[name], xy, test[:2000])
+                                for name in MODELS],
+            "codes": {"axes": shares.tolist()}, "geometry": shape, "anomalies": anomalies,
+            "change of the rest": change,
+            "missing": missing_rows(nets, model, d[:500], mean, hidden),
+            "probe": {"top": top, "texture": {key: texture(x) for key, x in matrices.items()}}}
 
 
 def main(argv=None):
@@ -1038,20 +877,12 @@ def main(argv=None):
         sets, xy, test, gammas = make_sets(run, args)
         trained, history = train_all(run, args, xy, test)
         results = study(run, args, sets, trained, history, xy, test, gammas)
-        for title, key in (("Data sets", "fluid"), ("Run to equilibrium", "long"),
-                           ("Representations and nets", "representations"),
-                           ("Anomalies", "anomalies"), ("Missing data: RMSE", "missing")):
-            common.print_rows(title, results[key])
-        common.print_rows("Mean heights / σ", results["geometry"]["heights"])
+        for key in ("fluid", "long", "sweeps", "representations", "anomalies", "missing"):
+            common.print_rows(f"{key} (RMSE)" if key == "missing" else key, results[key])
         faithful = (args.particles, args.box, args.temperature, args.sweeps) == (30, 10, 0.75, 2500)
-        claims = (net_claims(results, args.other_epochs) + anomaly_claims(results, args.unseen)
+        claims = (net_claims(results, args.other_epochs) + anomaly_claims(results)
                   + fluid_claims(results, faithful))
-        records = [{"set": name, "gamma": g, "sweep": sweep} | {
-            key: found[key][i, k].item() for key in ("energy", "error", "acceptance", "height")}
-            for name, found in sets.items() if name.startswith(("fluid", "long"))
-            for k, g in enumerate(found["parameters"]["gamma"])
-            for i, sweep in enumerate(found["sweep"].tolist())]
-        return run.finish(results, claims, history + records)
+        return run.finish(results, claims, history)
 
 
 if __name__ == "__main__":

@@ -318,11 +318,6 @@ def test_glyphs_in_colour():
     assert (x.flatten(2).amax(2) - x.flatten(2).amin(2)).amax(1).min() > 0.1
 
 
-def test_percent():
-    assert common.percent({"mean": 0.6384, "std": 0.0411, "n": 5}) == "63.8 ± 4.1 %"
-    assert common.percent({"mean": 1.0, "std": None, "n": 1}) == "100.0 %"
-
-
 @pytest.mark.parametrize("channels", [1, 3])
 def test_image_sheet_keeps_every_image_in_its_place(channels):
     images = torch.rand(2, 3, channels, 4, 5)

@@ -448,9 +448,6 @@ def test_anova_against_published_tables():
     table = fe.anova(rows, "len", ["supp", "dose"])
     assert round(table["supp"]["F"], 2) == 14.02 and round(table["dose"]["F"], 2) == 82.81
     assert table["supp"]["p"] == pytest.approx(0.000429, abs=1e-6)
-    one_each = [row for i, row in enumerate(rows) if i % 10 == 0]
-    with pytest.raises(ValueError, match="at least two repeats"):
-        fe.anova(one_each, "len", ["supp", "dose", "supp x dose"])
 
 
 def test_degrees_of_freedom_are_the_documents():
@@ -484,18 +481,23 @@ class Reader(nn.Module):
 def test_judged():
     x = torch.zeros(100, 1, 32, 32)
     x[torch.arange(100), 0, torch.arange(100) % 4] = 1.0  # classes 0 to 3, with certainty
-    real = {"moments": fe.moments(x.flatten(1)), "variance": 2 * x.var(0).sum().item()}
+    real = fe.moments(x.flatten(1))
     row = fe.judged(Reader(), x, real)
     assert row["confident"] == 1 and row["balance"] == pytest.approx(math.log(4) / math.log(10))
-    assert row["variety"] == pytest.approx(0.5) and abs(row["distance"]) < 1e-4
+    assert abs(row["distance"]) < 1e-4
     assert fe.judged(Reader(), 0.01 * x, real)["confident"] == 0
 
 
-def test_steps_of_even_and_jumping_paths():
-    even = torch.linspace(0, 1, 8)[None, :, None, None, None].expand(3, 8, 1, 4, 4)
-    assert torch.allclose(fe.step_shares(even), torch.tensor(1 / 7))
-    assert torch.allclose(fe.step_shares((even > 0.5).float()).amax(1), torch.tensor(1.0))
-    assert torch.equal(fe.step_shares(0 * even), torch.zeros(3, 7))
+def test_share_of_jumping_paths():
+    def paths(*steps):
+        values = torch.tensor([0.0, *steps]).cumsum(0)
+        return values.view(1, 8, 1, 1, 1).expand(1, 8, 1, 4, 4)
+
+    smooth, still = paths(2.9, 1, 1, 1, 1, 0, 0), paths(0, 0, 0, 0, 0, 0, 0)
+    jump = paths(1, 0, 0, 3.1, 1, 1, 1)
+    assert fe.jump_share(paths(1, 1, 1, 1, 1, 1, 1)) == fe.jump_share(smooth) == 0
+    assert fe.jump_share(still) == 0 and fe.jump_share(jump) == 1
+    assert fe.jump_share(torch.cat([smooth, jump, still, still])) == 0.25
 
 
 def test_samples_and_interpolations_come_from_the_prior():
@@ -516,21 +518,18 @@ def test_naive_samples_have_the_moments_of_the_plane():
     basis = torch.linalg.qr(torch.randn(16, 16, generator=g()))[0]
     spread = 0.1 * 0.7 ** torch.arange(16)
     x = (0.5 + torch.randn(5000, 16, generator=g("x")) * spread @ basis.T).view(-1, 1, 4, 4)
-    draws, plane, mean = fe.naive_samples(x, 20_000, g("draws"), k=3)
+    draws = fe.naive_samples(x, 20_000, g("draws"), k=3)
     cov = torch.cov(x.flatten(1).T.double())
-    assert mean == pytest.approx(cov.trace().item(), rel=1e-3)
-    assert plane == pytest.approx((spread[3:] ** 2).sum().item(), rel=0.1)
     values = torch.linalg.eigvalsh(torch.cov(draws.flatten(1).T.double()))
     assert torch.allclose(values[-3:], torch.linalg.eigvalsh(cov)[-3:], rtol=0.1)
     assert values[-4] < 1e-8
 
 
 def test_images_are_padded_to_32():
-    data, other = fe.load_data("glyphs", 256, 100, "none", "cpu")
-    assert data[0].shape == (458, 1, 32, 32) and data[0][:, :, :2].abs().max() == 0
-    assert torch.equal(data[0][:, :, 2:30, 2:30], common.glyphs(458, 0)[0])
-    assert not torch.equal(data[0][:100], other[0][:100])
-    (x, y), _ = fe.load_data("glyphs-rgb", 256, 100, "none", "cpu")
+    x, _ = fe.load_data("glyphs", 256, 100, "none", "cpu")
+    assert x.shape == (458, 1, 32, 32) and x[:, :, :2].abs().max() == 0
+    assert torch.equal(x[:, :, 2:30, 2:30], common.glyphs(458, 0)[0])
+    x, y = fe.load_data("glyphs-rgb", 256, 100, "none", "cpu")
     assert x.shape == (458, 3, 32, 32) and x[:, :, 0].min() > 0 and len(y) == 458
 
 
@@ -550,7 +549,6 @@ def documents_cells(channels=1):
                 "gap of negative ELBO": L_gap + (10 if key[0] == "fc" else 0),
                 "confident": 0.9 if conv6 or not random else 0.4,
                 "balance": 0.97,
-                "variety": 0.1 if random and key[1] == "flow6" else 0.9,
                 "jumps": 0.0,
                 "log p": -600.0 + fe.PRIORS[key[1]],
             }.items()
@@ -578,7 +576,6 @@ FLIPS = [  # what is changed, and the one claim (its beginning) that then fails
     (("conv", "flow2", "RKS"), "confident", 0.7, "of random encoders only"),
     (("conv", "flow6", "RKS"), "confident", 0.6, "of random encoders only"),
     (("conv", "flow6", "NL"), "balance", 0.8, "of random encoders only"),
-    (("fc", "flow6", "RKS"), "variety", 0.6, "FC, Flow (6), random encoders"),
     (("conv", "normal", "NL"), "gap of negative ELBO", 500.0, "fc overfits more"),
     (("fc", "normal", "PNL"), "gap of negative ELBO", 90.0, "random encoders overfit more"),
     (("fc", "flow2", "PNL"), "jumps", 0.02, "interpolations are smooth"),
@@ -590,9 +587,6 @@ FLIPS = [  # what is changed, and the one claim (its beginning) that then fails
     (("fc", "flow2", "L"), "FID", 80.0, "Table 5.4"),
     (("conv", "flow6", "L"), "FID", 30.0, "Conv, Flow (6): FID of PNL that of L"),
     (("conv", "flow6", "PNL"), "seconds", 2.25, "Conv, Flow (6): PNL saves"),
-    (("fc", "normal", "RKS"), "seconds", 0.70, "RKS: seconds"),
-    (("fc", "normal", "NL"), "seconds", 0.70, "NL: seconds"),
-    (("fc", "normal", "PNL"), "seconds", 0.71, "PNL: seconds"),
 ]
 
 
@@ -623,7 +617,7 @@ def test_order_claims_and_the_spread_of_repeats():
     assert "NL varies most between repeats: std of RE" not in verdicts(cells)
     cells = documents_cells(3)
     cells["conv", "flow6", "RKS"]["RE"]["mean"] = 30.0
-    assert not verdicts(cells, 3)["L < PNL, RKS < NL in RE"]
+    assert not verdicts(cells, 3)["L < PNL < RKS < NL in RE"]
     assert "Table 5.1" not in str(closing(documents_cells(), 1, "corrected"))
 
 
@@ -647,13 +641,13 @@ def test_smoke(capsys):
         assert 10 < row["RE"] < 300 and row["distance"] > 0 and -row["log p"] < row["nats there"]
         assert row["nats there"] > row["RE"] + 400
         assert row["gap of negative ELBO"] == pytest.approx(row["gap of RE"] + row["gap of RT"])
-        assert 0 <= row["confident"] <= 1 and 1 / 7 <= row["longest step"] <= 1
+        assert 0 <= row["confident"] <= 1 and 0 <= row["jumps"] <= 1
     figures = {path.name for path in pathlib.Path("run").glob("fig_*.png")}
     assert figures == {
         f"fig_{name}.png"
         for name in (
             *("5.7_reconstructions", "5.8_samples", "5.9_interpolations"),
-            *("training", "distances", "seconds"),
+            *("training", "weights"),
         )
     }
     text = pathlib.Path("run/tables.md").read_text()
@@ -686,9 +680,9 @@ def test_repeats_statistics_and_the_extra_encoder():
     assert a != b
     table = report["results"]["anova"]["RE"]
     assert set(table) == {"encoder", "prior", "encoder x prior"} and table["prior"]["error df"] == 4
-    assert any("PRKS" in claim["claim"] for claim in report["claims"])
     cell = next(cell for cell in report["results"]["cells"] if cell["encoder"] == "L")
     assert cell["RE"]["n"] == 2
+    assert "| Layer | Prior | L | PNL | PRKS |" in pathlib.Path("run/tables.md").read_text()
 
 
 def test_three_colours_train_the_four_models_of_table_5_10():

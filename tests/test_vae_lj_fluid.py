@@ -176,7 +176,7 @@ def test_the_fluid_has_the_energy_of_a_plain_cpp_metropolis():
     assert found["energy"][-1, 0].item() == pytest.approx(U.mean().item(), abs=3 * error)
     assert found["height"][-1, 0].item() == pytest.approx(height.mean().item(), abs=0.03)
     assert found["acceptance"].mean().item() == pytest.approx(accepted.mean().item(), abs=0.01)
-    assert accepted.mean().item() == pytest.approx(lj.RERUN[1.0][0], abs=0.01)
+    assert accepted.mean().item() == pytest.approx(lj.RERUN[1.0], abs=0.01)
 
 
 @needs_compiler
@@ -232,7 +232,7 @@ def test_chains_of_several_gammas_are_recorded_apart():
     assert found["energy"][-1].tolist() == pytest.approx(U, rel=1e-4)
     rows = lj.fluid_rows(found)
     assert [row["gamma"] for row in rows] == [0, 50] and rows[1]["energy"] == pytest.approx(U[1])
-    assert rows[1]["N gamma"] == 100 and rows[0]["count"] == 20
+    assert rows[1]["N gamma"] == 100
     half = found["energy"][25:].mean(0)  # of 50 records
     assert [row["settled"] for row in rows] == pytest.approx(half.tolist())
     assert rows[0]["acceptance"] == found["acceptance"][:, 0].mean().item()
@@ -265,20 +265,18 @@ def test_occupancy_has_a_cell_per_particle():
     assert image.nonzero().tolist() == [[0, 0], [0, 19], [15, 10]]  # row: height, column: x
 
 
-@pytest.mark.parametrize("reading", ["code", "slide", "sigma"])
+@pytest.mark.parametrize("reading", ["code", "slide"])
 def test_corruption_moves_four_particles_as_it_says(reading):
     xy = lj.by_origin(points(500)) / math.sqrt(2)
     found = lj.corrupt(xy, reading, 10.0, g())
     after, moved = found["xy"] / SCALE, found["moved"]
     assert (moved.sum(1) == 4).all() and torch.allclose(after[~moved], xy[~moved])
     step = (after - xy)[moved]
-    unit = SCALE if reading == "sigma" else 1
     if reading == "code":
         assert step.abs().max() <= 0.2 and step.abs().max() > 0.195
         assert step.std().item() == pytest.approx(0.4 / 12**0.5, rel=0.03)
     else:
-        length = step.norm(dim=1) * unit
-        assert smirnov(length, lambda r: r / 0.2) < 1.95
+        assert smirnov(step.norm(dim=1), lambda r: r / 0.2) < 1.95
         assert smirnov(torch.atan2(*step.T), lambda a: (a + math.pi) / (2 * math.pi)) < 1.95
     assert moved.double().mean(0).std() < 0.03  # any particle
 
@@ -407,9 +405,8 @@ def test_gram_matrix_gives_the_points_up_to_a_rigid_motion():
     assert torch.allclose(share, torch.ones(8, dtype=torch.double))
     assert torch.allclose(lj.procrustes(found, xy), xy, atol=1e-9)
     assert torch.allclose(found[:, 0], torch.zeros(8, 2, dtype=torch.double), atol=1e-6)
-    noisy = lj.tidy(d + 0.3 * torch.randn(d.shape, generator=g(), dtype=torch.double))
-    assert torch.equal(noisy, noisy.transpose(1, 2)) and (noisy.diagonal(dim1=1, dim2=2) == 0).all()
-    assert (lj.gram_coordinates(noisy)[1] < 0.99).all()
+    noise = 0.3 * torch.randn(d.shape, generator=g(), dtype=torch.double).triu(1)
+    assert (lj.gram_coordinates(d + noise + noise.mT)[1] < 0.99).all()
 
 
 def test_procrustes_is_the_best_of_all_rigid_motions():
@@ -465,11 +462,16 @@ def test_the_tumbler_on_rectangles_lines_and_duplicates(angle):
     assert sat[3, :, 1].max().item() == pytest.approx(1) and torch.isfinite(sat).all()
 
 
-def test_pair_energies_leave_out_pairs_nearer_than_sigma():
-    xy = torch.tensor([[[0.0, 0.0], [0.5, 0.0], [2.0, 0.0]]])
-    d = apart(xy)
+def test_energies_leave_out_pairs_nearer_than_sigma():
+    xy = torch.tensor([[[0.0, 0.0], [0.5, 0.0], [2.0, 4.0]]]).double() / SCALE
+    gamma = torch.tensor([0.5]).double()
+    _, _, (U, _) = lj.geometry(lj.distance_matrix(xy), xy, gamma, 10.0)
+    assert U.item() == pytest.approx(0.5 * 4, rel=1e-5)  # beyond the cut-off, and at 0.5
+    xy[0, 2, 1] = 0.0
     wanted = sum(4 * (r**-12 - r**-6) for r in (1.5, 2.0))  # not the pair at 0.5
-    assert lj.pair_energy(d).item() == pytest.approx(wanted, rel=1e-5)
+    _, _, (U, U_hat) = lj.geometry(lj.distance_matrix(xy), xy, gamma, 10.0)
+    assert U.item() == pytest.approx(wanted, rel=1e-5)
+    assert U_hat.item() == pytest.approx(wanted, rel=1e-4)
 
 
 # --- statistics ---
@@ -503,19 +505,14 @@ def test_area_under_the_roc_is_the_share_of_rightly_ordered_pairs():
     assert lj.roc(b, b)[2] == pytest.approx(0.5) and lj.roc(a * 0, b * 0)[2] == 0.5
 
 
-def test_principal_axes_and_code_figures():
+def test_principal_axes():
     scale = torch.tensor([3.0, 2.0, 1.0], dtype=torch.double)
     x = torch.randn(50_000, 3, generator=g(), dtype=torch.double) * scale + 1
     mean, axes, shares = lj.principal_axes(x)
-    assert shares.tolist() == pytest.approx([9 / 14, 4 / 14, 1 / 14], rel=0.03)
-    assert torch.allclose(axes.abs(), torch.eye(3, dtype=torch.double), atol=0.03)
+    assert shares.tolist() == pytest.approx([9 / 14, 4 / 14], rel=0.03)
+    assert torch.allclose(axes.abs(), torch.eye(3, dtype=torch.double)[:, :2], atol=0.03)
     values = torch.linalg.svdvals(x - x.mean(0)) ** 2
-    assert torch.allclose(shares, values / values.sum()) and torch.allclose(mean, x.mean(0))
-    gammas = torch.tensor([0.1, 1.0]).repeat(500)
-    apart = torch.randn(1000, 3, generator=g("c")) + 20 * gammas[:, None]
-    assert lj.code_figures(apart, gammas)["nearest is own"] == 1
-    mixed = lj.code_figures(torch.randn(1000, 3, generator=g("c")), gammas)
-    assert 0.4 < mixed["nearest is own"] < 0.6
+    assert torch.allclose(shares, values[:2] / values.sum()) and torch.allclose(mean, x.mean(0))
 
 
 def test_change_of_the_rest_and_texture():
@@ -557,88 +554,72 @@ def test_anomaly_rows_of_a_net_that_halves_everything():
     rows = {row["set"]: row for row in rows}
     assert rows["same"]["AUROC RMSE"] == pytest.approx(0.5) and rows["far"]["AUROC RMSE"] == 1
     assert rows["far"]["AUROC RMSE + KL"] == 1 and rows["far"]["nearest gamma"] == 1
-    assert rows["same"]["rmse"] == rows["test"]["rmse"]
+    assert rows["same"]["rmse"] == rows["test"]["rmse"] and list(found) == ["same", "far"]
     rmse = (x[gammas == 1] ** 2).flatten(1).mean(1).sqrt() / 2
-    assert rows["test, γ = 1"]["rmse"]["mean"] == pytest.approx(rmse.mean().item())
-    one = x[gammas == 1].flatten(1)
-    spread = (one - one.mean(0)).norm(dim=1).mean().item()
-    far = x[:200].flatten(1)
-    assert rows["far"]["spread"] == pytest.approx(
-        (far - far.mean(0)).norm(dim=1).mean().item() / spread, rel=1e-4
-    )
+    assert rows["far"]["rmse there"] == pytest.approx(rmse.mean().item())
+    rows, _ = lj.anomaly_rows(HALF, model, normal, gammas, {"new": x[gammas < 1] + 1.8})
+    errors = ((x[gammas < 1] + 1.8) ** 2).flatten(1).mean(1).sqrt() / 2
+    near = (errors[:, None] > rmse).double().mean().item()  # against gamma = 1 alone
+    assert rows[1]["nearest gamma"] == 1 and 0 < near < 0.5
+    assert rows[1]["AUROC there"] == pytest.approx(near, abs=1e-3)
+    assert rows[1]["AUROC RMSE"] == pytest.approx((1 + near) / 2, abs=1e-3)
 
 
 def test_missing_rows_of_a_net_that_halves_everything():
     d = torch.rand(50, 1, 3, 3, generator=g()) + 1
     mean = torch.full((1, 3, 3), 1.5)
     hidden = {size: lj.black_out(d, size, g()) for size in (1, 3)}
-    (part, row), sheet = lj.missing_rows(HALF, lj.Model(latent=9), d, mean, hidden)
+    part, row = lj.missing_rows(HALF, lj.Model(latent=9), d, mean, hidden)
     # a block of 3 is all: black stays black, filled comes back as half of the mean
     assert row["black inside"] == pytest.approx((d**2).mean().sqrt().item())
     assert row["filled inside"] == pytest.approx(((d - 0.75) ** 2).mean().sqrt().item())
     assert row["mean inside"] == pytest.approx(((d - 1.5) ** 2).mean().sqrt().item())
-    assert row["whole inside"] == pytest.approx((d**2).mean().sqrt().item() / 2)
-    assert sheet.shape == (4, 2, 3, 3) and torch.equal(sheet[0, 0], d[0, 0])
     where = hidden[1]["where"]
-    for key in ("whole", "black", "filled"):  # what is outside is untouched
+    for key in ("black", "filled"):  # what is outside is untouched
         rest = (d**2)[~where].mean().sqrt().item() / 2
         assert part[f"{key} outside"] == pytest.approx(rest)
     assert part["black inside"] == pytest.approx((d**2)[where].mean().sqrt().item())
 
 
 def test_probe_of_a_net_that_halves_everything():
-    d = torch.rand(300, 1, 3, 3, generator=g())
-    normal = lj.evaluate(HALF, lj.Model(latent=9), d * torch.arange(9.0).view(3, 3))
-    mean = d.mean(0)
-    figures, sheet = lj.probe(HALF, normal, d, mean, g("draw"), count=2)
-    assert figures["top"] == [8, 7] and figures["cosine"] == 0  # a dimension is an entry
-    assert sheet.shape == (5, 7, 3, 3) and (sheet[0, 0] == 0).all()
-    assert torch.equal(sheet[0, 1], mean[0]) and torch.equal(sheet[0, 2], d[0, 0])
-    walk = torch.zeros(7, 3, 3)
-    walk[:, 2, 2] = torch.linspace(-1.5, 1.5, 7)
-    assert torch.allclose(sheet[1], walk)
-    assert (sheet[3].flatten(1)[:, :7] == 0).all() and (sheet[3].flatten(1)[:, 7:] != 0).all()
-    assert torch.equal(sheet[4].flatten(1)[:, 7:], sheet[3].flatten(1)[:, 7:])
-    assert (sheet[4] != 0).all() and figures["kl by dimension"] == normal["kl"].mean(0).tolist()
+    kl = torch.arange(9.0)
+    sheet, top = lj.probe(HALF["decoder"], kl, g("draw"), count=2)
+    assert top == [8, 7] and sheet.shape == (3, 7, 3, 3)  # a dimension is an entry
+    for k, row, column in ((0, 2, 2), (1, 2, 1)):
+        walk = torch.zeros(7, 3, 3)
+        walk[:, row, column] = torch.linspace(-1.5, 1.5, 7)
+        assert torch.allclose(sheet[k], walk)
+    assert (sheet[:2, 3] == 0).all()
+    assert (sheet[2].flatten(1)[:, :7] == 0).all() and (sheet[2].flatten(1)[:, 7:] != 0).all()
 
 
 def test_representation_row_has_the_trivial_predictor_beside_it():
     model = lj.Model("distances", "dense", latent=4)
     xy = lj.by_origin(points(600, 6).float()) / math.sqrt(2)
     nets = lj.build(model, 6, g("net"))
-    row, x_hat = lj.representation_row("net", nets, model, xy[:500], xy[500:], 10.0)
+    row = lj.representation_row("net", nets, model, xy[:500], xy[500:])
     train, test = lj.distance_matrix(xy[:500]), lj.distance_matrix(xy[500:])
-    mean = train.mean(0)
-    assert row["trivial"] == pytest.approx(((test - mean) ** 2).mean().item(), rel=1e-4)
-    _, _, V = torch.linalg.svd((train - mean).flatten(1).double(), full_matrices=False)
-    rest = (test - mean).flatten(1).double()
-    rest = rest - rest @ V[:4].T @ V[:4]
-    assert row["pca"] == pytest.approx((rest**2).mean().item(), rel=1e-3)
+    assert row["trivial"] == pytest.approx(((test - train.mean(0)) ** 2).mean().item(), rel=1e-4)
     whole = lj.evaluate(nets, model, test)["x_hat"]
     assert row["error"] == pytest.approx(((whole - test) ** 2).mean().item(), rel=1e-4)
-    assert torch.equal(x_hat, whole[:1])
-    d = lj.tidy(whole)
-    rmse = SCALE * ((d - test) ** 2).mean().sqrt().item()
-    assert row["distance rmse"] == pytest.approx(rmse, rel=1e-4)
-    upper = torch.triu(torch.ones(6, 6), 1) > 0
-    for key, x in (("overlaps", d), ("overlaps true", test)):
-        near = (SCALE * x[:, 0][:, upper] < 0.9).double().sum(1).mean().item()
-        assert row[key] == pytest.approx(near, abs=1e-6)
-    assert row["overlaps true"] > 0
     grid = lj.Model("grid", "dense", "grid", latent=4)
     nets = lj.build(grid, 6, g("n"))
-    row, p = lj.representation_row("grid", nets, grid, xy[:500], xy[500:], 10.0)
-    assert 0 < row["rows"] < row["trivial"] + 0.05 and ((p > 0) & (p < 1)).all()
-    image = lj.occupancy(xy[500:])
-    assert row["double cells"] == pytest.approx(1 - image.sum().item() / 600)
+    row = lj.representation_row("grid", nets, grid, xy[:500], xy[500:])
+    image, p = lj.occupancy(xy[500:]), lj.occupancy(xy[:500]).mean(0).clamp(1e-6, 1)
+    wanted = -(image * p.log() + (1 - image) * (1 - p).log()).mean().item()
+    assert row["trivial"] == pytest.approx(wanted, rel=1e-4)
+    p = lj.evaluate(nets, grid, image)["x_hat"].sigmoid()
+    wanted = -(image * p.log() + (1 - image) * (1 - p).log()).mean().item()
+    assert row["error"] == pytest.approx(wanted, rel=1e-4)
 
 
 def test_geometry_of_a_perfect_reconstruction():
     gammas = torch.tensor([0.1, 1.0]).double().repeat(20)
     test = lj.by_origin(points(40) / math.sqrt(2))
-    figures, (true, _, tumbled), (U_true, U_hat) = lj.geometry(
-        lj.distance_matrix(test), test, gammas, 10.0)
-    assert figures["js pairs"] == 0 and figures["gram error"] < 1e-9
+    d, skew = lj.distance_matrix(test), torch.rand(30, 30, generator=g("skew")).double()
+    figures, (true, fitted, tumbled), (U_true, U_hat) = lj.geometry(  # made a matrix of distances
+        d + skew.triu(1) - skew.triu(1).mT + torch.eye(30), test, gammas, 10.0)
+    assert torch.allclose(fitted, true) and figures["gram error"] < 1e-9
     U = lj.energy(SCALE * test.permute(2, 1, 0), gammas, lambda r2: torch.where(
         r2 >= 1, lj.lennard_jones(r2), 0.0))
     assert torch.allclose(U_true, U)
@@ -646,10 +627,7 @@ def test_geometry_of_a_perfect_reconstruction():
     fallen = gammas * (true - tumbled)[..., 1].sum(1)
     assert torch.allclose(U_hat, U - fallen)
     assert figures["procrustes rmse"] < 1e-9 and figures["share"] == pytest.approx(1)
-    for row in figures["heights"]:
-        true = SCALE * test[gammas == row["gamma"]][..., 1].mean().item()
-        assert row["true"] == pytest.approx(true)
-        assert row["tumbled"] == pytest.approx(row["reconstructed"]) and row["tumbled"] < true
+    assert figures["js"] == lj.jensen_shannon(U_true, U_hat)
 
 
 # --- the run as a user sees it ---
@@ -664,11 +642,10 @@ def smoke(tmp_path_factory):
 def test_smoke_writes_everything(smoke):
     folder, report = smoke
     assert json.load(open(folder / "results.json")) == report
-    for name in ("equilibrium", "representations", "matrices", "latent", "energies", "anomalies",
-                 "missing", "probe"):
-        assert (folder / f"fig_{name}.png").stat().st_size > 20_000
+    for name in ("equilibrium", "matrices", "latent", "energies", "anomalies", "probe"):
+        assert (folder / f"fig_{name}.png").stat().st_size > 10_000
     sampled = {"fluid-0.1", "fluid-0.4", "fluid-0.7", "fluid-1", "unseen", "fake", "long"}
-    derived = {"random", "corrupted-code", "corrupted-slide", "corrupted-sigma"} | {
+    derived = {"random", "corrupted-code", "corrupted-slide"} | {
         f"blacked-out-{size}" for size in lj.SIZES}
     nets = {name.replace(", ", "-").replace(" ", "-") for name in lj.MODELS}
     assert {p.stem for p in (folder / "units").iterdir()} == sampled | derived | nets | {
@@ -685,8 +662,10 @@ def test_smoke_writes_everything(smoke):
         assert parameters["potential"] == ("fake" if name == "fake" else "lennard-jones")
         assert parameters["cutoff"] == (math.inf if name == "fake" else 3.0)
         assert (parameters["temperature"], parameters["box"], parameters["step"]) == (0.75, 10, 0.2)
-    table = (folder / "metrics.csv").read_text()
-    assert "fluid-0.1,0.1,40," in table.replace(",,", ",") and "long" in table
+    table = (folder / "metrics.csv").read_text().splitlines()
+    others = [model.net for name, model in lj.MODELS.items() if name != lj.MAIN]
+    epochs = 2 + sum(10 if net == "dense" else 1 for net in others) + 2  # two of the sweeps
+    assert len(table) == 1 + epochs and sum("distances, conv" in row for row in table) == 2
 
 
 def unit(folder, name):
@@ -704,7 +683,7 @@ def test_smoke_measures_the_sets_that_it_saved(smoke):
     test = lj.by_origin(xy[torch.randperm(200, generator=common.generator(0, "split"))])[160:]
     sets = {"test": test, **{name: lj.by_origin(unit(folder, name)["xy"]) for name in (
         "unseen", "fake", "random")}}
-    for reading in ("code", "slide", "sigma"):
+    for reading in ("code", "slide"):
         found = unit(folder, f"corrupted-{reading}")
         assert torch.allclose(found["xy"][~found["moved"]], test[~found["moved"]], atol=1e-5)
         sets[f"corrupted-{reading}"] = found["xy"]
@@ -733,22 +712,17 @@ GOOD = {  # what makes every claim hold, and one that breaks it: path in results
     "lower test MSE with lower": ("sweeps.2.test error", 0.004, 0.001),
     "distances, conv works": ("representations.0.error", 0.4, 0.6),
     "coordinates, dense fails": ("representations.1.error", 0.6, 0.4),
-    "grid, conv learns": ("representations.5.error", 0.92, 0.88),
-    "codes lie": ("codes.nearest is own", 0.51, 0.49),
+    "grid, conv fails": ("representations.5.error", 0.92, 0.88),
     "unseen": ("anomalies.1.nearest gamma", 1.0, 0.7),
     "fake": ("anomalies.2.rmse.mean", 0.14, 0.16),
     "random: separable": ("anomalies.3.AUROC RMSE", 0.91, 0.89),
-    "random: codes": ("anomalies.3.spread", 1.2, 1.05),
     "corrupted-code: RMSE": ("anomalies.4.AUROC RMSE", 0.91, 0.89),
     "corrupted-slide: the whole": ("change of the rest.corrupted-slide", 0.6, 0.4),
     "blacked-out": ("missing.4.black inside", 0.1, 0.3),
     "zero latent": ("probe.texture.zero", 0.01, 0.03),
-    "each dimension": ("probe.cosine", 0.4, 0.6),
-    "draws along": ("probe.share.drawn", 0.90, 0.93),
     "γ = 0.1: settled": ("fluid.0.energy", -9.9, -12.0),
     "γ = 1: settled": ("fluid.3.contact", 29.0, 26.0),
     "acceptance": ("fluid.1.acceptance", 0.665, 0.645),
-    "height": ("fluid.2.height / L", 0.193, 0.21),
 }
 
 
@@ -760,8 +734,7 @@ def put(results, path, value):
 
 
 def held(results):
-    rows = lj.net_claims(results, 2) + lj.anomaly_claims(results, 3.0) + lj.fluid_claims(
-        results, True)
+    rows = lj.net_claims(results, 2) + lj.anomaly_claims(results) + lj.fluid_claims(results, True)
     return {claim: holds for claim, _, _, holds in rows}
 
 
@@ -770,23 +743,20 @@ def flawless(smoke):
     """Smoke's results with figures under which all claims hold."""
     results = json.loads(json.dumps(smoke[1]["results"]))
     for row in results["representations"]:
-        row |= {"trivial": 1.0, "error": 0.6}
-        if "rows" in row:
-            row |= {"rows": 1.0, "error": 0.95}
+        row |= {"trivial": 1.0, "error": 0.95 if "grid" in row["model"] else 0.6}
     for row in results["sweeps"]:
         row["test error"] = 0.003
     for k, row in enumerate(results["anomalies"]):
-        row |= {"nearest gamma": 0.4, "AUROC RMSE": 0.95}
+        row |= {"nearest gamma": 0.4, "rmse there": 0.1, "AUROC RMSE": 0.95}
         row["rmse"]["mean"] = 0.1
     results["anomalies"][1]["nearest gamma"] = 1.0
     results["change of the rest"] = dict.fromkeys(results["change of the rest"], 0.7)
     for row in results["missing"]:
         row |= {"black inside": 0.1, "mean inside": 0.2}
     results["probe"]["texture"]["reconstructed"] = 0.1
-    results["probe"]["share"]["reconstructed"] = 0.94
     for row, end in zip(results["fluid"], results["long"]):
         row |= {"energy": -10.0, "error": 0.3, "contact error": 1.0, "contact": row["N gamma"]}
-        row |= dict(zip(("acceptance", "height / L"), lj.RERUN[row["gamma"]]))
+        row["acceptance"] = lj.RERUN[row["gamma"]]
         end |= {"settled": -10.0, "error": 0.4}
     for path, good, _ in GOOD.values():
         put(results, path, good)
@@ -794,7 +764,7 @@ def flawless(smoke):
 
 
 def test_all_claims_hold_for_flawless_figures(flawless):
-    assert all(held(flawless).values()) and len(held(flawless)) == 37
+    assert all(held(flawless).values()) and len(held(flawless)) == 30
 
 
 @pytest.mark.parametrize("claim", GOOD)
@@ -809,9 +779,7 @@ def test_each_claim_fails_by_its_own_figure_alone(claim, flawless):
 def test_claims_that_need_more_than_was_run_are_left_out(flawless):
     single = json.loads(json.dumps(flawless))
     single["sweeps"] = single["sweeps"][:1]
-    single["fluid"], single["long"] = single["fluid"][:1], single["long"][:1]
-    text = " ".join(row[0] for row in lj.net_claims(single, 2))
-    assert "lower test MSE" not in text and "codes lie" not in text
+    assert "lower test MSE" not in " ".join(row[0] for row in lj.net_claims(single, 2))
     assert len(lj.fluid_claims(flawless, False)) == 4  # not the authors' settings
 
 
@@ -829,7 +797,7 @@ def test_a_set_with_other_parameters_is_refused(smoke, refused, capsys):
 
 
 @pytest.mark.parametrize("argv", [
-    ["--gammas", "0.5", "--particles", "8", "--unseen", "0.5", "--latents", "40", "--lambdas", "0"],
+    ["--gammas", "0.5", "--particles", "16", "--latents", "40", "--lambdas", "0"],
     ["--gammas", *"01234567", "--epochs", "1", "--temperature", "0.01", "--box", "30"],
 ])  # fmt: skip
 def test_unusual_flags_work(argv):
@@ -853,7 +821,6 @@ def test_kill_and_continue_equals_an_undisturbed_run(part, smoke, killed_and_con
     [
         ["--gammas", "-0.1"],
         ["--gammas"],
-        ["--unseen", "-3"],
         ["--configurations", "-5"],
         ["--configurations", "19"],
         ["--temperature", "0"],
@@ -862,6 +829,7 @@ def test_kill_and_continue_equals_an_undisturbed_run(part, smoke, killed_and_con
         ["--box", "3"],
         ["--box", "0"],
         ["--particles", "150"],
+        ["--particles", "15"],
         ["--sweeps", "0"],
         ["--chains", "1"],
         ["--epochs", "0"],
@@ -874,6 +842,5 @@ def test_kill_and_continue_equals_an_undisturbed_run(part, smoke, killed_and_con
 )
 def test_bad_input_is_one_line_and_writes_nothing(argv, refused):
     line = refused(lj.main, argv)
-    told = {"--particles": "--box", "--epochs": "--epochs 1"}.get(argv[0], argv[0])
-    assert told in line or argv[0] in line
+    assert {"--particles": "--box"}.get(argv[0], argv[0]) in line or argv[0] in line
     assert os.listdir() == []
