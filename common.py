@@ -20,7 +20,6 @@ import time
 
 import torch
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 
 COLOURS = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000",
            "#888888"]  # Okabe and Ito's, told apart by colour-blind readers; grey for the yellow
@@ -408,31 +407,25 @@ def plot_lines(charts, columns=4, width=3.4, height=3.4, legend="right"):
     return fig
 
 
-def image_sheet(ax, images, rows=(), columns=(), framed=None, cmap="gray"):
-    """One sheet of images (rows, columns, C, H, W) in [0, 1], labelled at its left and top edges.
-
-    framed: (rows, columns) bool, which images get a coloured frame. Returns matplotlib's image.
-    """
+def image_sheet(ax, images, rows=(), columns=(), cmap="gray"):
+    """One sheet of images (rows, columns, C, H, W) in [0, 1], labelled at its left and top."""
     r, c, channels, h, w = images.shape
     white = 1.0 if cmap == "gray" else math.nan
     sheet = torch.full((r, c, channels, h + 2, w + 2), white)  # white gaps
     sheet[..., 1:-1, 1:-1] = images.clamp(0, 1)
     sheet = sheet.permute(0, 3, 1, 4, 2).reshape(r * (h + 2), c * (w + 2), channels)
-    shown = ax.imshow(sheet.squeeze(-1).numpy(), cmap=cmap, vmin=0, vmax=1, interpolation="nearest")
+    ax.imshow(sheet.squeeze(-1).numpy(), cmap=cmap, vmin=0, vmax=1, interpolation="nearest")
     ax.set_xticks([(w + 2) * (j + 0.5) - 0.5 for j in range(len(columns))], columns)
     ax.set_yticks([(h + 2) * (i + 0.5) - 0.5 for i in range(len(rows))], rows)
     ax.tick_params(length=0, top=False, labeltop=True, labelbottom=False)
     ax.spines[:].set_visible(False)
-    for i, j in [] if framed is None else framed.nonzero().tolist():
-        ax.add_patch(Rectangle(((w + 2) * j, (h + 2) * i), w + 1, h + 1, fill=False, lw=1.5,
-                               edgecolor=COLOURS[3]))
-    return shown
 
 
 def plot_sheet(images, width, height, rows=(), columns=(), **options):
-    """image_sheet in a Figure of its own, each image width x height inches: (Figure, image)."""
+    """image_sheet in a Figure of its own, each image width x height inches. -> Figure"""
     fig, (ax,) = panels(1, 1, width * images.shape[1] + 1, height * len(images) + 0.5)
-    return fig, image_sheet(ax, images, rows, columns, **options)
+    image_sheet(ax, images, rows, columns, **options)
+    return fig
 
 
 # --- image data ----------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ and the decoder descends its free energy -T log Z, whose gradient is an average 
 A run leaves figures, results.json, metrics.csv and the nets (units/*.pt) in
 out/eae_simmering-<preset>; `all` also gathers what single experiments left there. It has not been
 timed on a GPU. What the document leaves open or its text lost, and what we chose (temperatures and
-steps: SETTINGS):
+steps: SETTINGS, HOT):
 * MNIST and Frey nets are 784-256-256-64 (560-...) and back with ReLU, U is the mean binary cross-
   entropy of a pixel; of CelebA it is the squared error, its kernels are 3x3, but 4x4 under a stride
   of 4, without ReLU at the end, under which pixels die.
@@ -29,9 +29,10 @@ steps: SETTINGS):
   The code of an image is its mean over them, its reconstruction that of the mean code. To generate,
   up to 10,000 training images are encoded by one of them each, Eq. (2), 20 Gaussians are fitted to
   the k-means clusters of these codes, and draws from them are decoded ("mixture"); or one Gaussian.
-* The nets of the waves see 64 POD modes, which hold the data to 1e-14 of its variance (`paper`: the
-  pixels). Eq. (16) is least squares in dz/dt, with a ridge: on a limit cycle its candidates are
-  collinear. Eq. (14) has the weights 1 and 0.5.
+* Active units have a variance above 0.01 over images and encoders, by the encoders' motion, too.
+* The nets of the waves see 64 POD modes, which hold the data to rounding (`paper`: the pixels). Eq.
+  (16) is least squares in dz/dt, with a ridge: on a limit cycle its candidates are collinear. Eq.
+  (14) has the weights 1 and 0.5.
 """
 import math
 import pathlib
@@ -90,7 +91,7 @@ COSTS = {  # where they differ from the defaults
               "temperature": dict(updates=900), "reaction-diffusion": WAVES}}
 Codes = namedtuple("Codes", "mean draw variance")  # of codes_of
 KINDS = ("EAE", "VAE", "AE")
-LATENT, ACTIVE = 64, 0.01  # units of the images' nets; an active one's variance, also by motion
+LATENT, ACTIVE = 64, 0.01  # units of the images' nets; variance of an active one
 CHECK, HOT = 20, 1e-4      # steps between looks at losses and checkpoint; celeba's high T
 SWEEP = {"EAE": (0, 1e-9, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3), "VAE": (0.01, 0.1, 0.3, 1, 3, 10)}
 SUZUKI_YOSHIDA = (0.828981543588751, -0.657963087177502, 0.828981543588751)
@@ -759,7 +760,7 @@ def plot_sheet(rows, columns=(), width=0.5):
     x = torch.stack([value if value.dim() == 4 else value.view(len(value), 1, 28, -1)
                      for value in rows.values()]).cpu()
     h, w = x.shape[-2:]
-    return common.plot_sheet(x, width, width * h / w, list(rows), columns)[0]
+    return common.plot_sheet(x, width, width * h / w, list(rows), columns)
 
 
 def plot_histograms(codes, labels, units):
@@ -1119,7 +1120,7 @@ def study_temperature(run, args, name, data):
     (x, y, x_test, y_test), setting, rows, models = data, setting_of(args, name), [], {}
     g = common.generator(args.seed, "temperature evaluation", args.device)
     for kind, value in ((kind, value) for kind in SWEEP for value in SWEEP[kind]):
-        own = setting._replace(temperature=value, final_temperature=-1.0)
+        own = setting._replace(temperature=value, final_temperature=-1.0)  # of EAEs
         model = image_model(run, args, f"sweep-{kind}-{value:g}", kind, x, own, value)
         code, z = codes_of(model, x_test, g), codes_of(model, x[:10_000], g).mean
         probe = linear_probe(z, y[:10_000], code.mean, y_test)
@@ -1163,11 +1164,11 @@ def digit_claims(rows, samples):
     between, drawn = ({kind: frechet[f"{kind}, {way}"] for kind in KINDS}
                       for way in ("between", "mixture"))
     for claim, said, values, form, best in (
-            ("EAE's latents separate digits best (linear probe)", "suggested", probe, ".1%", max),
+            ("EAE's latents separate digits best (linear probe)", "yes", probe, ".1%", max),
             ("EAE's latents have the highest variance", "yes", variance, ".3g", max),
             ("EAE interpolates between images best (Fréchet)", "yes", between, ".1f", min),
-            ("EAE generates best (Fréchet, 20 Gaussians fitted to the codes)", "yes", drawn, ".1f",
-             min)):
+            ("EAE generates best (Fréchet, 20 Gaussians fitted to the codes)", "suggested", drawn,
+             ".1f", min)):
         here = "; ".join(f"{kind} {value:{form}}" for kind, value in values.items())
         claims.append((f"mnist: {claim}", said, here, values["EAE"] == best(values.values())))
     return claims

@@ -15,16 +15,17 @@ a VAE, a GAN, and LSO through their decoders (the document's next experiment) an
 
 A run leaves figures, results.json, metrics.csv and the nets (units/*.pt) in
 out/lso_mnist-<preset>. Not timed on a GPU. What the document leaves open, and what we chose:
-* At a rate of 1e-3 LSO-1 ends near the document's error; 1e-2 (rows "regular") is much better.
+* At a rate of 1e-3 LSO-1 ends near the document's error; 1e-2 (rows "regular") is much better;
+  "regular 0.1" adds unit noise on z and beta |z|^2 / 2 in the loss (Ghosh et al. 2020).
 * The rule for C and the step limit decide the success rates. The default, C = -0.01, minus the
   threshold, and 250 steps, meets the document's 64 % and 82 %.
 * Starts are normal, with the mean and deviation of each unit over training codes, in a VAE or GAN
   draws from the prior. Pixels start likewise, and are clipped to [0, 1] only at the end.
 * Success rates are those of first attempts. What is judged went on from new starts until success
   ("as many attempts as needed") or --attempts. Where |D|^2 <= 1e-30 a start is stuck, and counted.
-* The document's VAE and GAN pictures are of other papers. Ours see the images of LSO-2 and draw
-  from the prior until the classifier sees the wanted digit: Algorithm 3 without a step.
-* "regular 0.1" has unit noise on its codes z and beta |z|^2 / 2 in the loss (Ghosh et al. 2020).
+* The document's VAE and GAN pictures are of other papers. Ours see LSO-2's images in twice as many
+  batches, the VAE at ten times its rate, the GAN in larger nets, and draw from the prior until the
+  classifier sees the wanted digit: Algorithm 3 without a step. The judge's images are its own.
 """
 import math
 from collections import OrderedDict, namedtuple
@@ -344,8 +345,7 @@ def study(run, args, classifier, layers):
 
 
 def walk(classifier, decode, codes, start, rule, factor, steps, g, digit=8):
-    """Algorithm 3 for a start per digit and repeat: the first repeat's way to `digit` as images "x"
-    (T, 196), "E" and "S" (T,)."""
+    """The first repeat's way to `digit` by Algorithm 3: images "x" (T, 196), "E" and "S" (T,)."""
     wanted, trace = torch.arange(10, device=g.device).repeat(len(codes), 1), []
     _, success, _ = algorithm_3(lambda v: total_squared_error(classifier(decode(v)), wanted),
                                 starts(start, codes, 10, g), rule, factor * steps, trace)
@@ -485,15 +485,15 @@ def plot_success(rows, judged, first):
 
 
 def pictures(run, args, rows, judged, images, studies, walks):
-    """Save all figures; digits (rows, 10, 1, 14, 14) are those of the first repeat."""
+    """Save all figures, of the first repeat's images {row: (R, N, 196)}."""
     count = min(10, args.starts // 10)
     x = {name: value[0].cpu().view(-1, 10, 1, SIDE, SIDE)[:count] for name, value in images.items()}
     for name, number in (("LSO-1", 4), ("LSO-2", 5)):
-        run.figure(common.plot_sheet(x[name], 0.6, 0.52, columns=range(10))[0],
+        run.figure(common.plot_sheet(x[name], 0.6, 0.52, columns=range(10)),
                    f"{number}_{name}".lower(), f"Figure {number}: {name} generations")
     gap = torch.ones(1, 1, SIDE, SIDE)
     methods = torch.stack([torch.cat([x[name][0], gap, x[name][:, 8]]) for name in METHODS])
-    sheet, _ = common.plot_sheet(methods, 0.6, 0.52, METHODS, [*range(10), "", *[8] * count])
+    sheet = common.plot_sheet(methods, 0.6, 0.52, METHODS, [*range(10), "", *[8] * count])
     run.figure(sheet, "6_methods", f"Figure 6: one generation of each digit, and {count} of 8")
     first = {name: studies[name, "patient", args.start]["first"] for name in STUDIED}
     run.figure(plot_success(rows, judged, first), "7_success",

@@ -12,7 +12,7 @@ r_ij / (L sqrt 2) of their last configurations, four gammas together, by minimis
 
 and is asked for energies, coordinates, anomalies, missing data and the meaning of its dimensions.
 
-    python vae_lj_fluid.py                           everything: about 13 minutes on 2 CPU cores
+    python vae_lj_fluid.py                           everything: about 14 minutes on 2 CPU cores
     python vae_lj_fluid.py --lambdas 0.000035 0.035  two other weights of the KL, in the same folder
     python vae_lj_fluid.py --sweeps 10000 --out out/settled    a fluid nearer to equilibrium
 
@@ -852,7 +852,7 @@ def study(run, args, sets, trained, history, xy, test, gammas):
     sheet, top = probe(nets["decoder"], normal["kl"].mean(0),
                        common.generator(args.seed, "probe", args.device))
     names = [*(f"$z_{{{k}}}$ from −3 to 3" for k in top), "draws along\nthese alone"]
-    run.figure(common.plot_sheet(sheet[:, :, None].cpu(), 1.2, 1, names, cmap="viridis")[0],
+    run.figure(common.plot_sheet(sheet[:, :, None].cpu(), 1.2, 1, names, cmap="viridis"),
                "probe", "The five dimensions of largest KL, z = 0 in the middle; draws: r / (L√2), "
                "0 (dark) to 1")
     matrices = {"zero": sheet[:1, 3:4], "mean": mean[None], "real": d[:200],

@@ -40,6 +40,13 @@ def cell(encoder, key):
     return find
 
 
+def sample(name):
+    """Of eae_simmering.py's generations."""
+    return lambda results: next(
+        row["frechet"] for row in results["mnist"]["samples"] if row["row"] == name
+    )
+
+
 FACTS = {  # by run: numbers of the text that no closing table has, and where results.json does
     "ae_cube": {
         "0.0077": best_trial("beta"),
@@ -65,6 +72,14 @@ FACTS = {  # by run: numbers of the text that no closing table has, and where re
         "22.0": cell("PRKS", "RE"),
         "23.5": cell("PNL", "RE"),
         "20.2": cell("L", "RE"),
+        "473.4": cell("PRKS", "distance"),
+        "215.0": cell("PNL", "distance"),
+        "1.23": cell("PRKS", "seconds"),
+        "0.86": cell("PNL", "seconds"),
+    },
+    "eae_simmering": {
+        token: sample(name)
+        for token, name in (("54.3", "EAE, mixture"), ("70.6", "VAE, prior"))
     },
 }
 

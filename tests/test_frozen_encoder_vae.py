@@ -587,6 +587,9 @@ FLIPS = [  # what is changed, and the one claim (its beginning) that then fails
     (("fc", "flow2", "L"), "FID", 80.0, "Table 5.4"),
     (("conv", "flow6", "L"), "FID", 30.0, "Conv, Flow (6): FID of PNL that of L"),
     (("conv", "flow6", "PNL"), "seconds", 2.25, "Conv, Flow (6): PNL saves"),
+    (("fc", "normal", "RKS"), "seconds", 0.70, "RKS: seconds"),
+    (("fc", "normal", "NL"), "seconds", 0.70, "NL: seconds"),
+    (("fc", "normal", "PNL"), "seconds", 0.71, "PNL: seconds"),
 ]
 
 
