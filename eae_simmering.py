@@ -824,7 +824,8 @@ def plot_sweep(rows):
 
 
 def plot_dynamics(runs):
-    """Fig. 1d-f: rotation coefficients of all runs, limit cycles of the first one of each sense."""
+    """Fig. 1d-f: rotation coefficients of all runs, limit cycles of the first one of each sense.
+    runs: [{"Xi" (M, 11, 2), "codes" (frames, 2), "path" (steps, 2), "omega" (R,)}]"""
     dots = [(f"run {k + 1}, {name}", found["Xi"][:, j, 0], found["Xi"][:, j - 1, 1],
              dict(color=common.COLOURS[k % 8], marker=mark, ls="", ms=4, alpha=0.3))
             for k, found in enumerate(runs) for j, mark, name in ((1, "o", "linear"),

@@ -167,7 +167,7 @@ def active(*layers):
 
 
 class Flow(nn.Module):
-    """The prior, a RealNVP of K couplings: codes z (B, D) to u = f(z) (B, D), u ~ N(0, 1)."""
+    """RealNVP of K couplings (0: the normal prior): codes z (B, D) to u = f(z) (B, D) ~ N(0, 1)."""
 
     def __init__(self, D, hidden, K):
         super().__init__()
@@ -295,7 +295,9 @@ def encode(nets, h):
 
 def loss_terms(nets, h, x, noise, objective):
     """RE, squared error summed over an image, and RT in nats (B,); the loss is the mean of RE - RT.
-    h: frozen features of the images x (B, C, 32, 32); noise (B, D)."""
+    h: frozen features of the images x (B, C, 32, 32); noise (B, D). RT is log p(z) - E log q(z|x),
+    its mean over D (as-published) or its sum (corrected), plus log |det du/dz|.
+    """
     mu, logvar = encode(nets, h)
     z = mu + (logvar / 2).exp() * noise
     u, logdet = nets["prior"](z)
@@ -352,7 +354,8 @@ def train(name, nets, x, objective, epochs, generator, compile=False, checkpoint
 
 
 def train_judge(judge, x, y, steps, generator):
-    """LeNet's weights after cross-entropy in nats, mean over a batch; x (N, C, 32, 32), y (N,)."""
+    """LeNet's weights after cross-entropy in nats, mean over a batch; x (N, C, 32, 32), y (N,).
+    FloatingPointError where the loss ends up not finite."""
     optimiser = torch.optim.Adam(judge.parameters(), 2e-3, fused=True)
     schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.0, steps)
     for _ in tqdm(range(steps), "LeNet", disable=None):

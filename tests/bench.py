@@ -249,6 +249,11 @@ def main():
     )
     time_taken = f"{seconds(lambda: lso(1, 10_000, 500)):.0f} s"
     add("lso_mnist", "10,000 starts × 500 steps of Algorithm 3", time_taken, "", "60 s")
+    frozen_epochs()
+    thermostats()
+
+
+def frozen_epochs():
     x = torch.rand(10_000, 1, 32, 32, generator=common.generator(0, "bench"))
     for layers, prior in (("fc", "normal"), ("conv", "flow6")):
         ratio(
@@ -267,6 +272,9 @@ def main():
             lambda: our_vae(encoder, "conv", "flow6", x),
             goal,
         )
+
+
+def thermostats():
     for plain, ours, chain, goal in (
         ("adam", "nose-hoover", 30, ""),
         ("adam", "nose-hoover", 1, ""),
