@@ -16,13 +16,14 @@ over points and a sum over latent dimensions; MMD^2 is unbiased.
 A run leaves figures, results.json, metrics.csv and the nets (units/*.pt) in out/ae_cube-<preset>.
 It has not been timed on a GPU. What the document leaves open, and what we chose:
 * Nets 3-64-64-d-64-64-3, tanh (ReLU stops f2 at 0.0054 +- 0.0002), batches of 250, Adam at 1e-2,
-  falling linearly to 0 over the second half. f2-wide: 160 hidden units and twice the epochs.
+  falling linearly to 0 over the second half; the document's logs have 1,000 to 1,500 epochs of
+  unknown batches, ours 100 (paper: 400). f2-wide: 160 hidden units and twice the epochs.
 * SNR is in dB against a signal of variance 1, so the noise is fixed. Nothing holds f1's signal to
   that variance, and it outgrows the noise; in row "f1 held" the noise follows the signal.
 * f2's penalty is on y, before the noise (its rates are those of Var(z) = 1 + noise), with c = 1.
 * The textbook beta = 1 collapses f3 to a loss of 5/9, the variance; 0.1 comes near the document's.
 * f4 and f5 add the encoder's noise to the channel's. The target "fitted" is the Gaussian with the
-  latents' own moments, its SNR held as in f1. f4 has lambda = 1, on the first 64 points of a batch.
+  latents' own moments, the SNR as in "f1 held". f4 has lambda = 1, on 64 points of each batch.
 * f5 rises over the first two thirds of the epochs; "f5 Optuna" has the weights that the document's
   search ended with. Its range is not stated: ours, "f5 tuned", reaches down to f4 and f6.
 * f6 is the document's future work: a beta-VAE whose beta is annealed from 0.
@@ -45,10 +46,10 @@ PRESETS = {
     "quick": dict(seeds=3, epochs=100, points=10_000, held_out=10_000, trials=40),
     "paper": dict(seeds=10, epochs=400, points=10_000, held_out=10_000, trials=120),
 }
-BATCH, MMD_ROWS, RATE = 250, 64, 1e-2
+BATCH, MMD_ROWS, RATE = 250, 64, 1e-2  # points, those in the MMD (quadratic cost), first rate
 EXACT = dict(compute_mode="donot_use_mm_for_euclid_dist")  # of torch.cdist, also for close pairs
-ANNEAL = 2 / 3  # tau of Eq. (6) as a share of the epochs
-NO_CHANNEL = math.inf  # dB
+ANNEAL = 2 / 3  # tau of Eq. (6) as a share of the epochs: 1,000 of about 1,500 in Table 5
+NO_CHANNEL = math.inf  # dB, noise of variance 0
 
 
 class Point(NamedTuple):
@@ -60,7 +61,7 @@ class Point(NamedTuple):
     beta: tuple = (0.0, 0.0)   # weight of the KL, at the start and from tau on
     lam: tuple = (0.0, 0.0)    # weight of the MMD, likewise
     stochastic: bool = True    # does the encoder put out a variance?
-    fitted: bool = False       # latent target: its own moments (True) or N(0, 1)
+    fitted: bool = False       # latent target: own moments (True) or N(0, 1), f2: N(0, 1 + noise)
     held: bool = False         # does the channel's noise follow the signal's variance?
     width: int = 64            # hidden units
     longer: int = 1            # factor on the epochs
@@ -71,11 +72,11 @@ class Point(NamedTuple):
 
 F1, F2 = dict(stochastic=False, fitted=True), dict(stochastic=False, c=1.0)
 MODELS = {  # model: SNRs in dB, latent sizes, {row: what differs from Point's defaults}
-    "f1": ((5, 15), (6,), {"f1": F1, "f1 held": dict(F1, held=True)}),
-    "f2": ((5, 10, 15, 20), (2, 4, 6, 8), {"f2": F2}),  # Figure A
+    "f1": ((5, 15), (6,), {"f1": F1, "f1 held": dict(F1, held=True)}),  # Table 1
+    "f2": ((5, 10, 15, 20), (2, 4, 6, 8), {"f2": F2}),  # Table 2, Figure A
     "f2-wide": ((15,), (6,), {"f2-wide": dict(F2, width=160, longer=2)}),
-    "f3": ((NO_CHANNEL,), (6,), {f"f3 beta={b:g}": dict(beta=(b, b)) for b in (1, 0.1)}),
-    "f4": ((5, 10, 15), (4, 6, 8), {  # Figures B and C
+    "f3": ((NO_CHANNEL,), (6,), {f"f3 beta={b:g}": dict(beta=(b, b)) for b in (1, 0.1)}),  # Table 3
+    "f4": ((5, 10, 15), (4, 6, 8), {  # Table 4, Figures B and C
         "f4 standard": dict(lam=(1, 1)), "f4 fitted": dict(lam=(1, 1), fitted=True, held=True)}),
     "f5": ((15,), (6,), {"f5 annealed": dict(beta=(1, 10), lam=(0.01, 1)),  # Table 5
                          "f5 Optuna": dict(beta=(1, 10), lam=(0.01, 0.1))}),
@@ -105,7 +106,7 @@ def cube_surface(n, generator):
     """n points (n, 3) uniform over the surface of [-1, 1]^3; the variance is 5/9 a coordinate."""
     device = generator.device
     x = torch.rand(n, 3, generator=generator, device=device) * 2 - 1
-    face = torch.randint(6, (n,), generator=generator, device=device)
+    face = torch.randint(6, (n,), generator=generator, device=device)  # 2 axis + side; equal areas
     x[torch.arange(n, device=device), face // 2] = (face % 2 * 2 - 1).to(x.dtype)
     return x
 
@@ -113,19 +114,19 @@ def cube_surface(n, generator):
 def nearest_face(x):
     """Number 0..5 of the face of the cube nearest to each point. (..., 3) -> (...)"""
     axis = x.abs().argmax(-1)
-    return 2 * axis + (x.gather(-1, axis[..., None])[..., 0] > 0)
+    return 2 * axis + (x.gather(-1, axis[..., None])[..., 0] > 0)  # numbered as in cube_surface
 
 
 def surface_distance(x):
     """Euclidean distance to the surface of [-1, 1]^3 from inside or outside. (..., 3) -> (...)"""
-    outside = (x.abs() - 1).clamp(min=0).norm(dim=-1)
+    outside = (x.abs() - 1).clamp(min=0).norm(dim=-1)  # 0 for inner points
     return outside + (1 - x.abs().amax(-1)).clamp(min=0)
 
 
 def draws(draw, generators, points, n, D):
     """torch.rand or torch.randn, (M, n, D): each seed's own, the same at all points of a sweep."""
     values = [draw(n, D, generator=g, device=g.device) for g in generators]
-    return torch.stack(values).repeat(points, 1, 1)
+    return torch.stack(values).repeat(points, 1, 1)  # (S, n, D) -> (M, n, D), m = p * S + s
 
 
 # --- model ---------------------------------------------------------------------------------------
@@ -139,7 +140,7 @@ class StackedMLP(nn.Module):
         for fan_in, fan_out in zip(sizes, sizes[1:]):
             for group, rows, gain in ((self.weights, fan_in, 6), (self.biases, 1, 1)):
                 uniform = draws(torch.rand, generators, points, rows, fan_out) * 2 - 1
-                group.append(uniform * math.sqrt(gain / fan_in))
+                group.append(uniform * math.sqrt(gain / fan_in))  # (M, in, out), (M, 1, out)
 
     def forward(self, h):
         """(M, B, in) -> (M, B, out), one batched product per layer."""
@@ -161,20 +162,20 @@ class Stack(nn.Module):
                                 device=device).T.contiguous()  # (10, M)
         self.noise, d, *flags = settings[:5, :, None, None]  # (M, 1, 1); the channel's variance
         self.stochastic, self.fitted, self.held = (flag > 0 for flag in flags)
-        self.c, self.beta, self.lam = settings[5], settings[6:8], settings[8:]
-        self.mask = (torch.arange(self.D, device=device) < d).float()
+        self.c, self.beta, self.lam = settings[5], settings[6:8], settings[8:]  # (M,), then (2, M)
+        self.mask = (torch.arange(self.D, device=device) < d).float()  # (M, 1, D)
 
     def encode(self, x):
         """y and var of z = y + sqrt(var) eps. (M, B, 3) -> (M, B, D), (M, B, D)"""
-        y, logvar = self.encoder(x).chunk(2, -1)
-        power = torch.where(self.held, y.var(1, keepdim=True), 1.0)
+        y, logvar = self.encoder(x).chunk(2, -1)  # (M, B, D); clamped: exp and log stay finite
+        power = torch.where(self.held, y.var(1, keepdim=True), 1.0)  # (M, 1, D)
         return y * self.mask, self.noise * power + self.stochastic * logvar.clamp(-30, 20).exp()
 
     def target(self, z, gauss):
-        """Draws of each net's latent target from standard normal ones. (M, B, D) -> (M, B, D)"""
+        """Draws of each net's latent target, z (M, B, D), from standard normal ones, (M, C, D)."""
         # The gradient flows through the moments, as it does through r in the kernel. Held constant,
         # they make spreading the latents look like progress, and the nets run away.
-        own = z.mean(1, keepdim=True) + z.std(1, keepdim=True) * gauss
+        own = z.mean(1, keepdim=True) + z.std(1, keepdim=True) * gauss  # (M, C, D)
         width = torch.where(self.stochastic, 1.0, 1 + self.noise).sqrt()  # f2: Var(y) = 1
         return torch.where(self.fitted, own, width * gauss) * self.mask
 
@@ -184,38 +185,38 @@ class Stack(nn.Module):
 def information_rate(z, var, mask):
     """Bits per neuron, 1/2 log2(Var(z_j) / var_j), Eq. (13), mean over points and neurons. (M,)"""
     bits = 0.5 * (z.var(1).clamp(min=1e-30).log2() - var.expand_as(z).log2().mean(1))  # (M, D)
-    return (bits * mask[:, 0]).sum(1) / mask.sum((1, 2))
+    return (bits * mask[:, 0]).sum(1) / mask.sum((1, 2))  # 1e-30: no -inf * 0 where masked
 
 
 def moment_penalty(y, mask):
     """Squared deviations of means from 0 and variances from 1, mean over dimensions. (M,)"""
     penalty = y.mean(1) ** 2 + (y.var(1) - 1) ** 2  # (M, D)
-    return (penalty * mask[:, 0]).sum(1) / mask.sum((1, 2))
+    return (penalty * mask[:, 0]).sum(1) / mask.sum((1, 2))  # Table 2's latent regularisation
 
 
 def kl_to_standard(mu, var, mask):
     """KL(N(mu, var) || N(0, 1)) in nats, sum over dimensions, mean over points. (M,)"""
-    return (0.5 * (mu ** 2 + var - 1 - var.log()) * mask).sum(2).mean(1)
+    return (0.5 * (mu ** 2 + var - 1 - var.log()) * mask).sum(2).mean(1)  # Eq. (9)
 
 
 def squared_distances(a, b):
     """||a_i - b_j||^2. (M, B, D), (M, C, D) -> (M, B, C)"""
     norms = (a ** 2).sum(2)[:, :, None] + (b ** 2).sum(2)[:, None, :]
-    return torch.baddbmm(norms, a, b.transpose(1, 2), alpha=-2).clamp(min=0)
+    return torch.baddbmm(norms, a, b.transpose(1, 2), alpha=-2).clamp(min=0)  # rounding
 
 
 def median_heuristic(a, b, rows=32):
     """Kernel width r: median squared distance among the first rows of a and b pooled. (M, 1, 1)"""
-    pooled = torch.cat([a[:, :rows], b[:, :rows]], 1)
+    pooled = torch.cat([a[:, :rows], b[:, :rows]], 1)  # (M, 2 rows, D)
     i, j = torch.triu_indices(pooled.shape[1], pooled.shape[1], 1, device=a.device)
-    distances = squared_distances(pooled, pooled)[:, i, j]
-    return distances.median(1).values.clamp(min=1e-12)[:, None, None]
+    distances = squared_distances(pooled, pooled)[:, i, j]  # (M, pairs)
+    return distances.median(1).values.clamp(min=1e-12)[:, None, None]  # all the same: no 0 / 0
 
 
 def mmd2(a, b, r):
     """Unbiased MMD^2, kernel exp(-||x - y||^2 / r). (M, B, D), (M, C, D) -> (M,)"""
     def off_diagonal_mean(k):
-        n = k.shape[1]
+        n = k.shape[1]  # k(x, x) = 1 on the diagonal would bias the mean
         return (k.sum((1, 2)) - k.diagonal(dim1=1, dim2=2).sum(1)) / (n * (n - 1))
     aa, bb, ab = (torch.exp(-squared_distances(*pair) / r) for pair in ((a, a), (b, b), (a, b)))
     return off_diagonal_mean(aa) + off_diagonal_mean(bb) - 2 * ab.mean((1, 2))
@@ -230,14 +231,14 @@ def terms(stack, beta, lam, gauss, x, eps):
     """TERMS (6, M) on x (M, B, 3), weighted by beta and lam (M,), and the latents z (M, B, D)."""
     # standard normal: eps (M, B, D) and, for the MMD of C points, gauss (M, C, D) or None: no MMD
     y, var = stack.encode(x)
-    z = (y + var.sqrt() * eps) * stack.mask
+    z = (y + var.sqrt() * eps) * stack.mask  # Eq. (2), reparameterised as in Figure 2
     mse = ((stack.decoder(z) - x) ** 2).mean((1, 2))  # Eq. (14)
     moments, kl = moment_penalty(y, stack.mask), kl_to_standard(y, var, stack.mask)
     mmd = torch.zeros_like(mse)
     if gauss is not None:
-        a, b = z[:, :gauss.shape[1]], stack.target(z, gauss)
+        a, b = z[:, :gauss.shape[1]], stack.target(z, gauss)  # (M, C, D), moments from B points
         mmd = mmd2(a, b, median_heuristic(a, b))
-    total = mse + stack.c * moments + beta * kl + lam * mmd  # Eq. (5)
+    total = mse + stack.c * moments + beta * kl + lam * mmd  # Eq. (5); c: Table 2
     return torch.stack([mse, moments, kl, mmd, information_rate(z, var, stack.mask), total]), z
 
 
@@ -249,14 +250,14 @@ def train(points, seeds, name, epochs, n, device="cpu", compile=False, checkpoin
     A seed has its own generator for nets, n training points, batches and noise: results depend on
     no other seed nor, at equal D, other point. FloatingPointError where a loss is not finite.
     """
-    epochs *= points[0].longer
-    P, S, steps = len(points), len(seeds), n // BATCH
+    epochs *= points[0].longer  # the same for all points of a model, as is the width
+    P, S, steps = len(points), len(seeds), n // BATCH  # an incomplete last batch is left out
     generators = [common.generator(seed, name, device) for seed in seeds]
     stack = Stack(points, generators)
     data = torch.stack([cube_surface(n, g) for g in generators])  # (S, n, 3)
     use_mmd, loss = any(any(p.lam) for p in points), common.compiled(terms, compile)
     optimiser = torch.optim.Adam(stack.parameters(), lr=RATE, fused=True)
-    parts = [stack, optimiser, *generators]
+    parts = [stack, optimiser, *generators]  # without the data: the seeds draw it again
     first, history = (checkpoint.restore(*parts) if checkpoint and checkpoint.state
                       else (0, torch.zeros(epochs, len(TERMS), P * S, device=device)))
     bar = tqdm(range(first, epochs), f"{name}, nets: {P * S}", epochs, initial=first, disable=None)
@@ -265,26 +266,26 @@ def train(points, seeds, name, epochs, n, device="cpu", compile=False, checkpoin
         order = torch.stack([torch.cat(common.batches(n, n, g)) for g in generators])  # (S, n)
         x = data.gather(1, order[:, :, None].expand(-1, -1, 3)).repeat(P, 1, 1)  # (M, n, 3)
         eps, gauss, values = draws(torch.randn, generators, P, n, stack.D), [None] * steps, []
-        if use_mmd:
+        if use_mmd:  # gauss: steps of (M, MMD_ROWS, D)
             gauss = draws(torch.randn, generators, P, steps * MMD_ROWS, stack.D).split(MMD_ROWS, 1)
         for i, batch in enumerate(zip(gauss, x.split(BATCH, 1), eps.split(BATCH, 1))):
             done = (epoch * steps + i) / (epochs * steps)
             optimiser.param_groups[0]["lr"] = RATE * min(1.0, 2 * (1 - done))
-            value, _ = loss(stack, beta, lam, *batch)
+            value, _ = loss(stack, beta, lam, *batch)  # (6, M)
             optimiser.zero_grad()
             value[-1].sum().backward()  # no weight is shared: the sum trains each on its own loss
             optimiser.step()
             values.append(value.detach())
         values = torch.stack(values)  # (steps, 6, M)
         history[epoch] = values.mean(0)
-        if not torch.isfinite(values).all():
+        if not torch.isfinite(values).all():  # once an epoch: looking waits for the device
             step, term, m = (~torch.isfinite(values)).nonzero()[0].tolist()
             raise FloatingPointError(f"{points[m // S].name}: the term {TERMS[term]} is not finite "
                                      f"at step {epoch * steps + step}")
         bar.set_postfix_str(f"mse {history[epoch, 0].mean():.4f}", refresh=False)
         if checkpoint and checkpoint.due():
             checkpoint.save((epoch + 1, history), *parts)
-    return stack, history.view(epochs, len(TERMS), P, S)
+    return stack, history.view(epochs, len(TERMS), P, S)  # M to P, S: m = p * S + s
 
 
 # --- evaluate ------------------------------------------------------------------------------------
@@ -292,7 +293,7 @@ def train(points, seeds, name, epochs, n, device="cpu", compile=False, checkpoin
 def knn_kl(x, y, k=5):
     """KL(p_x || p_y) in nats from samples (n, D), (m, D), by k-th neighbours (Wang et al. 2009)."""
     rho = torch.cdist(x, x, **EXACT).kthvalue(k + 1, dim=1).values  # k + 1: the first is itself
-    nu = torch.cdist(x, y, **EXACT).kthvalue(k, dim=1).values
+    nu = torch.cdist(x, y, **EXACT).kthvalue(k, dim=1).values  # (n,), no point of y is one of x
     return x.shape[1] * (nu / rho).log().mean() + math.log(len(y) / (len(x) - 1))
 
 
@@ -304,18 +305,18 @@ def energy_distance(x, y):
 
 def analytic_rate(snr):
     """Bits per neuron of a Gaussian signal of variance 1 at this SNR (dB)."""
-    return 0.5 * math.log2(1 + 10 ** (snr / 10))
+    return 0.5 * math.log2(1 + 10 ** (snr / 10))  # Eq. (13), Var(z) = 1 + noise
 
 
 def linear_code_mse(snr, d):
     """MSE of the best linear code with d neurons of signal variance 1 at this SNR (dB)."""
-    sent = min(d, 3)  # more neurons repeat the three coordinates, fewer leave some out
+    sent = min(d, 3)  # d > 3: each coordinate gets d / 3 neurons' worth; d < 3: some are left out
     return 5 / 9 * (1 - sent / 3 + (sent / 3) / (1 + d / sent * 10 ** (snr / 10)))
 
 
 def shannon_lower_bound(bits):
     """Least MSE of any code for a surface of area 24; no bound below about 4 bits in total."""
-    return (2 / 3) * 24 * 2 ** (-bits) / (2 * math.pi * math.e)
+    return (2 / 3) * 24 * 2 ** (-bits) / (2 * math.pi * math.e)  # error in 2 of 3 dimensions
 
 
 @torch.no_grad()
@@ -324,21 +325,21 @@ def evaluate(stack, history, seeds, n, pairs=2000):
 
     Returns a work unit: weights, history, measures {name: (P, S)}, and the first seed's arrays x,
     x_hat, generated (P, up to 1,000, 3), z (P, up to 1,000, D). rate is in bits per neuron, bits in
-    all of them, kl and knn_kl in nats; signal is Var(y); gap, the excess over the last epoch's MSE.
-    Generated points are decoded draws of the latent target: spread is their standard deviation (of
-    the data: 0.745), surface their distance to the cube, "face +x" etc. the share nearest to each
-    face, faces the largest deviation of a share from 1/6.
+    all of them, kl and knn_kl in nats; mmd, knn_kl and energy are of the first `pairs` points;
+    signal is Var(y); gap, the excess over the last epoch's MSE. Generated points are decoded draws
+    of the latent target: spread is their standard deviation (of the data: 0.745), surface their
+    distance to the cube, "face +x" etc. the share nearest to a face, faces the worst |share - 1/6|.
     """
     for_x, for_eps, for_target = ([common.generator(s, f"held-out {part}", stack.c.device)
                                    for s in seeds] for part in ("x", "eps", "z"))
-    P, mask, d = history.shape[2], stack.mask, stack.mask.sum((1, 2))
+    P, mask, d = history.shape[2], stack.mask, stack.mask.sum((1, 2))  # d (M,)
     x = torch.stack([cube_surface(n, g) for g in for_x]).repeat(P, 1, 1)  # (M, n, 3)
     eps = draws(torch.randn, for_eps, P, n, stack.D)
-    values, z = terms(stack, stack.beta[1], stack.lam[1], None, x, eps)
-    target = stack.target(z, draws(torch.randn, for_target, P, n, stack.D))
-    x_hat, generated = stack.decoder(z), stack.decoder(target)
+    values, z = terms(stack, stack.beta[1], stack.lam[1], None, x, eps)  # (6, M), the MMD follows
+    target = stack.target(z, draws(torch.randn, for_target, P, n, stack.D))  # (M, n, D)
+    x_hat, generated = stack.decoder(z), stack.decoder(target)  # (M, n, 3)
     share = nn.functional.one_hot(nearest_face(generated), 6).float().mean(1)  # (M, 6)
-    out = dict(zip(TERMS, values))
+    out = dict(zip(TERMS, values))  # {term: (M,)}
     out |= zip((f"face {side}{axis}" for axis in "xyz" for side in "-+"), share.T)
     out |= {"gap": out["mse"] / history[-1, 0].view(-1) - 1, "bits": out["rate"] * d,
             "signal": (stack.encode(x)[0].var(1) * mask[:, 0]).sum(1) / d,
@@ -347,11 +348,11 @@ def evaluate(stack, history, seeds, n, pairs=2000):
     values = []
     for m in tqdm(range(len(x)), f"measuring, nets: {len(x)}", disable=None, leave=False):
         a, b = z[m:m + 1, :pairs], target[m:m + 1, :pairs]  # (1, pairs, D)
-        clouds = x[m, :pairs], generated[m, :pairs]
+        clouds = x[m, :pairs], generated[m, :pairs]  # (pairs, 3)
         values.append(torch.stack([mmd2(a, b, median_heuristic(a, b, 500))[0], knn_kl(*clouds),
                                    energy_distance(*clouds)]))
-    out |= zip(("mmd", "knn_kl", "energy"), torch.stack(values, 1))
-    out["total"] += stack.lam[1] * out["mmd"]
+    out |= zip(("mmd", "knn_kl", "energy"), torch.stack(values, 1))  # (3, M)
+    out["total"] += stack.lam[1] * out["mmd"]  # terms left it out
     arrays = {"x": x, "x_hat": x_hat, "generated": generated, "z": z}
     return {"weights": stack.state_dict(), "history": history.cpu(),
             "measures": {key: value.view(P, -1).cpu() for key, value in out.items()},
@@ -374,19 +375,19 @@ def propose(trials, space, seed, count):
     space = {key: optuna.distributions.FloatDistribution(*ends, log=True)
              for key, ends in space.items()}
     study = optuna.create_study(sampler=optuna.samplers.TPESampler(
-        seed=seed, n_startup_trials=count, constant_liar=True))
+        seed=seed, n_startup_trials=count, constant_liar=True))  # first round at random
     for trial in trials:
         study.add_trial(optuna.trial.create_trial(
             params={key: trial[key] for key in space}, distributions=space, value=trial["knn_kl"]))
-    return [study.ask(space).params for _ in range(count)]
+    return [study.ask(space).params for _ in range(count)]  # asked at once, spread by constant_liar
 
 
 def search(trials, seeds, name, count=8, **options):
     """The next trials [{beta, lam, knn_kl}], knn_kl on points of their own; options as of train."""
-    seed = common.generator(seeds[0], name).initial_seed() % 2 ** 32
+    seed = common.generator(seeds[0], name).initial_seed() % 2 ** 32  # NumPy's limit
     proposals = propose(trials, SEARCH, seed, count)
     points = [tuned_point(**proposal) for proposal in proposals]
-    own = [s + 2 ** 32 for s in seeds]
+    own = [s + 2 ** 32 for s in seeds]  # points apart from the table's: no bias by selection
     found = evaluate(*train(points, seeds, name, **options), own, 2000)["measures"]["knn_kl"]
     return [dict(p, knn_kl=value.item()) for p, value in zip(proposals, found.mean(1))]
 
@@ -500,7 +501,7 @@ def arguments(argv=None):
     add("--epochs", type=number(int, 1, 10**6), help=f"passes in batches of {BATCH}")
     add("--points", type=number(int, BATCH, 10**6), help="training points")
     add("--held-out", type=number(int, 100, 10**6), help="points to measure on")
-    add("--tune", action="store_true", help="also search f5's weights with Optuna")
+    add("--tune", action="store_true", help="also search f5's weights with Optuna, at 15 dB, d=6")
     add("--trials", type=number(int, 1, 10**4), help="trials of a search, rounded up to eights")
     args = parser.parse(argv)
     args.models = [model for model in MODELS if model in args.models]
@@ -525,7 +526,7 @@ def claims(at):
                 table.append((f"{where}: {Point(*key)}, {NAMES[measure]}", f"{published:g}",
                               common.show(here) + " (collapsed)" * collapsed,
                               abs(here["mean"] - published) <= 0.03 if measure == "rate"
-                              else round(here["mean"], 4) <= published))
+                              else round(here["mean"], 4) <= published))  # the digits shown
     if all(p[:3] in at for p in sweep("f2")):
         mse, bits, gap = ({key[1:]: measures[name]["mean"] for key, measures in at.items()
                            if key[0] == "f2"} for name in ("mse", "bits", "gap"))
@@ -545,7 +546,7 @@ def claims(at):
                     for (name, snr, d), m in at.items() if name.startswith(model) and d == latent
                     and snr in (15, NO_CHANNEL)), default=None)
     for claim, *pair, better in (
-            ("f4 generates better than f3", ("f4 fitted", 8), ("f3", 6), True),
+            ("f4, d=8, generates better than f3, d=6", ("f4 fitted", 8), ("f3", 6), True),
             *((f"{row} does not improve on f4", (row, 6), ("f4", 6), False)
               for row in ("f5 annealed", "f5 Optuna", "f5 tuned")),
             ("f6, the future work, generates better than f4", ("f6", 6), ("f4", 6), True)):

@@ -46,7 +46,7 @@ def number(kind, low, high=math.inf):
     def parse(text):
         with contextlib.suppress(ValueError):
             value = kind(text)
-            if low <= value <= high and math.isfinite(value):
+            if low <= value <= high and math.isfinite(value):  # float() takes "nan" and "inf"
                 return value
         name = {int: "a whole number", float: "a number"}[kind]
         raise argparse.ArgumentTypeError(f"{text!r} is not {name} from {low} to {high}")
@@ -99,7 +99,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse(self, argv=None):
         peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-        peek.add_argument("--preset", default="quick")
+        peek.add_argument("--preset", default="quick")  # first: it sets the others' defaults
         with contextlib.suppress(argparse.ArgumentError):  # the full parser reports it
             self.set_defaults(**self.presets.get(peek.parse_known_args(argv)[0].preset, {}))
         args = self.parse_args(argv)
@@ -116,7 +116,7 @@ class Parser(argparse.ArgumentParser):
 def generator(seed, name, device="cpu"):
     """A generator of its own for the work unit `name`, so that adding a unit changes no other."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)  # signed
 
 
 def batches(n, size, generator):
@@ -158,7 +158,7 @@ def write(path, data):
         with open(temporary, "wb") as file:
             file.write(data.encode() if isinstance(data, str) else data)
             file.flush()
-            os.fsync(file.fileno())
+            os.fsync(file.fileno())  # on the disk before it gets its name
         os.replace(temporary, path)
     except OSError as error:
         with contextlib.suppress(OSError):
@@ -261,7 +261,7 @@ class Run:
             if old_source != self.source:
                 note(f"note: {self.script}.py has changed since this run began")
         (self.folder / "units").mkdir(parents=True, exist_ok=True)
-        for leftover in self.folder.rglob(".*.tmp"):
+        for leftover in self.folder.rglob(".*.tmp"):  # of a command killed inside `write`
             leftover.unlink()
         if not config.exists():
             write(config, json.dumps({"config": self.config, "source": self.source}, indent=1))
@@ -289,7 +289,7 @@ class Run:
                 print(f"continuing {name} where it stopped")
             result = compute(checkpoint)
             if self.device == "cuda":
-                torch.cuda.synchronize()
+                torch.cuda.synchronize()  # kernels run on after their call: wait, then read clocks
             done = {"result": result, "seconds": checkpoint.seconds()}
             save(path, done)
             checkpoint.path.unlink(missing_ok=True)
@@ -485,13 +485,13 @@ def glyphs(n, seed, channels=1, device="cpu"):
     font, y, stroke = (torch.randint(k, (n,), generator=g) for k in shapes.shape[:3])
     angle, shear, scale = uniform(-0.26, 0.26, n), uniform(-0.25, 0.25, n), uniform(0.8, 1.15, n)
     turn = torch.stack([angle.cos(), shear - angle.sin(), angle.sin(), angle.cos()], 1)
-    turn = turn.view(n, 2, 2) / scale.view(n, 1, 1)
+    turn = turn.view(n, 2, 2) / scale.view(n, 1, 1)  # where to look in the drawing: inverse scale
     theta = torch.cat([turn, uniform(-0.14, 0.14, n, 2, 1)], 2)  # (n, 2, 3)
     x = torch.empty(n, 1, 28, 28)
     for part in torch.arange(n).split(2000):
         fine = shapes[font[part], y[part], stroke[part]].float() / 255  # (2000, 1, 56, 56)
         grid = torch.nn.functional.affine_grid(theta[part], list(fine.shape), align_corners=False)
-        fine = torch.nn.functional.grid_sample(fine, grid, align_corners=False)
+        fine = torch.nn.functional.grid_sample(fine, grid, align_corners=False)  # twice too large
         x[part] = torch.nn.functional.avg_pool2d(fine, 2)
     if channels == 3:
         dark, light = uniform(0, 0.45, n, 3, 1, 1), uniform(0.55, 1, n, 3, 1, 1)

@@ -26,7 +26,7 @@ tables.md (the document's tables, its figures in brackets), results.json, metric
 * RKS is one layer without activation (section 4.2). PRKS, which chapter 6 would like to see, is a
   trainable layer on 16,448 (fc: 4,112) random features: leaky ReLUs of a layer that is frozen.
 * A gap is positive where test images (of one drawn z each) come out worse than the last epoch of
-  training. Time per epoch is the median.
+  training. Time per epoch is the median, without the frozen layers, which are computed once.
 * distance, of samples (clipped to [0, 1]) to test images, is Fréchet's in the 84 features of a
   LeNet trained on all labelled images, not the FID: --fid computes that, with the TF-ported
   Inception. Samples are readable if LeNet is 90 % confident in two thirds of them, and the entropy
@@ -55,7 +55,7 @@ from tqdm import tqdm
 import common
 
 # B batch, C colour channels, D latent dimensions, K flows, M latent channels, N images
-PRESETS = {
+PRESETS = {  # epochs: of one colour, of three; paper: Table 4.1, section 4.5's five repeats
     "smoke": dict(dataset="glyphs", train_images=512, test_images=256, epochs=(2, 4), repeats=1,
                   judge_steps=30, samples=200, importance_images=16, importance_steps=10,
                   importance_samples=10),
@@ -117,24 +117,24 @@ ANALYSES = {  # measure: linear model, the document's F (section 5.1)
 MEASURES = {  # their tables in the document
     "negative ELBO": "5.1", "RT": "5.2", "RE": "5.3", "FID": "5.4", "seconds": "5.5",
     "distance": "5.4, the document's FID in brackets",
-    "weights": "5.6, counted as the document does", "real weights": "5.6",
-    **dict.fromkeys(["nats there", "log p", "confident", "balance", "jumps",
-                     "gap of negative ELBO", "gap of RE", "gap of RT"])}
+    "weights": "5.6, counted as the document does",
+    **dict.fromkeys(["real weights", "true ELBO", "log p", "confident", "balance", "jumps",
+                     "gap of negative ELBO", "gap of RE", "gap of RT"])}  # in no table of it
 CLAIMS = [  # order ("a, b < 2 c": a and b are below twice c), of what, document, words
     ("L < PNL < RKS < NL", "negative ELBO", "yes", ""), ("L < PNL < RKS < NL", "RE", "yes", ""),
-    ("conv flow6 PNL < 1.2 conv flow6 L", "distance", "yes",
+    ("conv flow6 PNL < 1.2 conv flow6 L", "distance", "yes",  # chapter 6
      "Conv, Flow (6): {} of PNL that of L (at most a fifth higher)"),
-    ("conv flow6 PNL < 0.85 conv flow6 L", "seconds", "16.5 % less",
+    ("conv flow6 PNL < 0.85 conv flow6 L", "seconds", "16.5 % less",  # chapter 6
      "Conv, Flow (6): PNL saves 15 % of L's {} per epoch"),
     # the first four also of Table 5.10
-    ("normal, flow2, flow6 < 1.05 normal, 1.05 flow2, 1.05 flow6", "RE", "yes",
+    ("normal, flow2, flow6 < 1.05 normal, 1.05 flow2, 1.05 flow6", "RE", "yes",  # section 5.1
      "the prior does not change RE (means within 5 %)"),
     ("conv < fc", "gap of negative ELBO", "1.26; 12.03", "fc overfits more than conv: {}"),
-    ("L, PNL < RKS, NL", "gap of negative ELBO", "1.66; 5.23; 9.64; 10.04",
+    ("L, PNL < RKS, NL", "gap of negative ELBO", "1.66; 5.23; 9.64; 10.04",  # section 5.1
      "random encoders overfit more: {}"),
-    ("L, PNL, RKS < NL", "std of RE", "yes", "NL varies most between repeats: {}"),
+    ("L, PNL, RKS < NL", "std of RE", "yes", "NL varies most between repeats: {}"),  # chapter 6
     ("normal < flow2 < flow6", "log p", "not comparable", "{}(x) in nats rises with flows"),
-    ("PNL < 0.86 L", "seconds", "0.85 L", "PNL: {} per epoch at most 0.86 of L's"),
+    ("PNL < 0.86 L", "seconds", "0.85 L", "PNL: {} per epoch at most 0.86 of L's"),  # by Table 5.5
     ("NL < 0.82 L", "seconds", "0.82 L", "NL: {} per epoch at most 0.82 of L's"),
     ("RKS < 0.78 L", "seconds", "0.77 L", "RKS: {} per epoch at most 0.78 of L's")]
 
@@ -144,13 +144,13 @@ CLAIMS = [  # order ("a, b < 2 c": a and b are below twice c), of what, document
 def load_data(dataset, train_images, test_images, folder, device):
     """All images, x (N, C, 32, 32) in [0, 1], and labels y (N,), to be split."""
     if dataset.startswith("glyphs"):
-        channels, n = (3, 73_257) if dataset == "glyphs-rgb" else (1, 60_000)
-        n = train_images * 7 // 5 + test_images if test_images else n
+        channels, n = (3, 73_257) if dataset == "glyphs-rgb" else (1, 60_000)  # as in section 4.4
+        n = train_images * 7 // 5 + test_images if test_images else n  # 7 / 5: with validation
         x, y = common.glyphs(n, 0, channels)
     else:
-        x, y = common.images(dataset, True, folder)
-    mode = "replicate" if x.shape[1] == 3 else "constant"
-    return F.pad(x, [(SIDE - x.shape[3]) // 2] * 4, mode).to(device), y.to(device)
+        x, y = common.images(dataset, True, folder)  # Table 4.1 divides the official training part
+    mode = "replicate" if x.shape[1] == 3 else "constant"  # a coloured ground goes on to the edge
+    return F.pad(x, [(SIDE - x.shape[3]) // 2] * 4, mode).to(device), y.to(device)  # 28 or 32 -> 32
 
 
 def split(n, train_images, test_images, generator):
@@ -175,22 +175,22 @@ class Flow(nn.Module):
 
         def net():
             return nn.Sequential(*active(nn.Linear(D // 2, hidden), nn.Linear(hidden, hidden)),
-                                 nn.Linear(hidden, D // 2), nn.Tanh())
+                                 nn.Linear(hidden, D // 2), nn.Tanh())  # section 4.2: Tanh on both
         self.s, self.t = (nn.ModuleList(net() for _ in range(K)) for _ in range(2))
 
     def forward(self, z):
         """u (B, D) and log |det du/dz| (B,)."""
         logdet = z.new_zeros(len(z))
         for s, t in zip(self.s, self.t):
-            a, b = z.chunk(2, 1)
-            scale = s(a)
+            a, b = z.chunk(2, 1)  # (B, D/2) each
+            scale = s(a)  # in (-1, 1): a flow adds less than D/2 to log |det|
             z = torch.cat([a, scale.exp() * b + t(a)], 1).flip(1)  # Eqs. 2.2.1 and 2.2.2
-            logdet = logdet + scale.sum(1)  # Eq. A.2.3
+            logdet = logdet + scale.sum(1)  # Eq. A.2.3; the reversal's |det| is 1
         return z, logdet
 
     def inverse(self, u):
-        for s, t in zip(reversed(self.s), reversed(self.t)):
-            a, b = u.flip(1).chunk(2, 1)
+        for s, t in zip(reversed(self.s), reversed(self.t)):  # the last flow is undone first
+            a, b = u.flip(1).chunk(2, 1)  # (B, D/2) each
             u = torch.cat([a, (b - t(a)) * (-s(a)).exp()], 1)  # Eqs. 2.2.3 and 2.2.4
         return u
 
@@ -202,62 +202,62 @@ class UpConv(nn.Conv2d):
 
     def __init__(self, a, b):
         super().__init__(a, b, 3, padding=1)
-        rows = torch.tensor([[[1.0, 0, 0], [0, 1, 0], [0, 1, 0]],
-                             [[0, 1, 0], [0, 1, 0], [0, 0, 1]]])
+        rows = torch.tensor([[[1.0, 0, 0], [0, 1, 0], [0, 1, 0]],  # pixel 2 i sees i - 1, i, i
+                             [[0, 1, 0], [0, 1, 0], [0, 0, 1]]])  # pixel 2 i + 1 sees i, i, i + 1
         self.register_buffer("rows", rows, persistent=False)  # (pixel, tap in large, in small)
 
     def forward(self, x):
         weight = torch.einsum("oikl,akp,blq->oabipq", self.weight, self.rows, self.rows)
         weight = weight.flatten(0, 2).contiguous(memory_format=torch.channels_last)
-        small = F.conv2d(x, weight, self.bias.repeat_interleave(4), padding=1)
-        return F.pixel_shuffle(small, 2)
+        small = F.conv2d(x, weight, self.bias.repeat_interleave(4), padding=1)  # (B, 4 out, H, W)
+        return F.pixel_shuffle(small, 2)  # (B, out, 2 H, 2 W), its channels ordered o, a, b
 
 
 def encoder_layers(encoder, layers, channels, M):
     """Appendix B: (all layers but the last, the last); M latent features, at each of 2x2 places
     under conv. NL and RKS give means alone."""
-    N, pixels = 1 if encoder in ("NL", "RKS") else 2, SIDE * SIDE * channels
+    N, pixels = 1 if encoder in ("NL", "RKS") else 2, SIDE * SIDE * channels  # N: Table B.1's note
     if layers == "fc":
         sizes = {"RKS": [pixels], "PRKS": [pixels, 4 * WIDE]}.get(encoder, [pixels, 256, 128, 64])
-        body = active(*map(nn.Linear, sizes, sizes[1:]))
-        return [nn.Flatten(), *body], nn.Linear(sizes[-1], N * M)
+        body = active(*map(nn.Linear, sizes, sizes[1:]))  # RKS: no body, as sizes has one entry
+        return [nn.Flatten(), *body], nn.Linear(sizes[-1], N * M)  # Table B.1
     if encoder == "RKS":
-        return [], nn.Conv2d(channels, M, 16, stride=16)
-    if encoder == "PRKS":
+        return [], nn.Conv2d(channels, M, 16, stride=16)  # 32x32 -> 2x2, patches do not overlap
+    if encoder == "PRKS":  # 4x4 places of 1028 features, and a trainable layer (chapter 6)
         return active(nn.Conv2d(channels, WIDE, 8, stride=8)), nn.Conv2d(WIDE, N * M, 3)
-    body = [part for a, b in ((channels, 4), (4, 8), (8, 16))
+    body = [part for a, b in ((channels, 4), (4, 8), (8, 16))  # 32x32 -> 16x16 -> 8x8 -> 4x4
             for part in (*active(nn.Conv2d(a, b, 3, padding=1)), nn.MaxPool2d(2))]
-    return body, nn.Conv2d(16, N * M, 3)
+    return body, nn.Conv2d(16, N * M, 3)  # Table B.2: without padding 4x4 -> 2x2
 
 
 def build(encoder, layers, prior, channels, generator):
     """One VAE as a ModuleDict: frozen and trainable part of the encoder, decoder, prior."""
-    D, conv = 16 if channels == 1 else 32, layers == "conv"
-    M = D // 4 if conv else D
+    D, conv = 16 if channels == 1 else 32, layers == "conv"  # section 4.2
+    M = D // 4 if conv else D  # conv: D = M x 2 x 2
     body, last = encoder_layers(encoder, layers, channels, M)
-    if conv:
+    if conv:  # Table B.2: 2x2 -> 4x4 -> 8x8 -> 16x16 -> 32x32
         decoder = [nn.Unflatten(1, (M, 2, 2)), *active(nn.Conv2d(M, 64, 3, padding=1)),
                    *active(UpConv(64, 32), UpConv(32, 16), UpConv(16, 8)), UpConv(8, channels)]
-    else:
+    else:  # Table B.1
         sizes = [M, 128, 256, 512, 1024]
         decoder = [*active(*map(nn.Linear, sizes, sizes[1:])),
                    nn.Linear(1024, SIDE * SIDE * channels), nn.Unflatten(1, (channels, SIDE, SIDE))]
-    k = {"L": 0, "PNL": len(body), "PRKS": len(body)}.get(encoder, len(body) + 1)
+    k = {"L": 0, "PNL": len(body), "PRKS": len(body)}.get(encoder, len(body) + 1)  # frozen parts
     nets = nn.ModuleDict({
         "frozen": nn.Sequential(*[*body, last][:k]), "encoder": nn.Sequential(*[*body, last][k:]),
         "decoder": nn.Sequential(*decoder), "prior": Flow(D, 128 if conv else 64, PRIORS[prior])})
     flows = set(nets.to(generator.device)["prior"].modules())
-    for part in nets.modules():
+    for part in nets.modules():  # PyTorch drew weights from its global generator: now from ours
         if isinstance(part, (nn.Linear, nn.Conv2d)):
-            weight, fan_in = part.weight, part.weight[0].numel()
+            weight, fan_in = part.weight, part.weight[0].numel()  # conv: in channels x kernel area
             bound = default = fan_in ** -0.5  # PyTorch's own
-            if part not in flows:
+            if part not in flows:  # flows keep PyTorch's: Xavier is for encoder and decoder
                 bound = math.sqrt(6 / (fan_in + len(weight) * weight[0, 0].numel()))  # section 4.6
             if encoder == "PRKS" and part is body[-2]:  # its many outputs would make these tiny
-                bound = math.sqrt(6 / fan_in)
+                bound = math.sqrt(6 / fan_in)  # He uniform
             nn.init.uniform_(weight, -bound, bound, generator=generator)
             nn.init.uniform_(part.bias, -default, default, generator=generator)
-    nets["frozen"].requires_grad_(False)
+    nets["frozen"].requires_grad_(False)  # so Adam and Table 5.6 leave them out
     return nets.to(memory_format=torch.channels_last)
 
 
@@ -269,13 +269,13 @@ def document_count(nets):
 def lenet(channels, generator):
     """LeNet-5 with ReLUs: x (B, C, 32, 32) -> (B, 10) logits; its part `features` -> (B, 84)."""
     net = nn.Sequential()
-    net.features = nn.Sequential(
+    net.features = nn.Sequential(  # 32x32 -> 28x28 -> 14x14 -> 10x10 -> 5x5, times 16 = 400
         nn.Conv2d(channels, 6, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 16, 5), nn.ReLU(),
         nn.MaxPool2d(2), nn.Flatten(), nn.Linear(400, 120), nn.ReLU(), nn.Linear(120, 84),
         nn.ReLU())
     net.head = nn.Linear(84, 10)
     for value in net.to(generator.device).parameters():
-        if value.dim() > 1:
+        if value.dim() > 1:  # weights: He normal, for the ReLUs
             nn.init.normal_(value, std=math.sqrt(2 / value[0].numel()), generator=generator)
         else:
             nn.init.zeros_(value)
@@ -286,22 +286,22 @@ def lenet(channels, generator):
 
 def encode(nets, h):
     """mu, log sigma^2 (B, D) from what the frozen layers make of the images."""
-    if not len(nets["encoder"]):
-        mu = h.flatten(1)
-        return mu, torch.full_like(mu, math.log(CONSTANT_VARIANCE))
-    mu, logvar = nets["encoder"](h).chunk(2, 1)
+    if not len(nets["encoder"]):  # NL, RKS: all of it is frozen, so h is the mean
+        mu = h.flatten(1)  # (B, D), under conv from (B, M, 2, 2)
+        return mu, torch.full_like(mu, math.log(CONSTANT_VARIANCE))  # Table 4.1
+    mu, logvar = nets["encoder"](h).chunk(2, 1)  # (B, M, 2, 2) each under conv, else (B, D)
     return mu.flatten(1), logvar.flatten(1)
 
 
 def loss_terms(nets, h, x, noise, objective):
     """RE, squared error summed over an image, and RT in nats (B,); the loss is the mean of RE - RT.
-    h: frozen features of the images x (B, C, 32, 32); noise (B, D). RT is log p(z) - E log q(z|x),
-    its mean over D (as-published) or its sum (corrected), plus log |det du/dz|.
+    h: frozen features of the images x (B, C, 32, 32); noise (B, D). RT is log N(u; 0, 1) - E log
+    q(z|x), its mean over D (as-published) or its sum (corrected), plus log |det du/dz|.
     """
     mu, logvar = encode(nets, h)
-    z = mu + (logvar / 2).exp() * noise
-    u, logdet = nets["prior"](z)
-    RE = ((nets["decoder"](z) - x) ** 2).flatten(1).sum(1)
+    z = mu + (logvar / 2).exp() * noise  # (B, D), reparameterised (section 2.1)
+    u, logdet = nets["prior"](z)  # (B, D), (B,)
+    RE = ((nets["decoder"](z) - x) ** 2).flatten(1).sum(1)  # (B,), a sum: section 4.3 says mean
     RT = (1 + logvar - u ** 2) / 2  # log p - E log q per dimension: both log 2 pi cancel
     return RE, (RT.mean(1) if objective == "as-published" else RT.sum(1)) + logdet  # Eq. 4.3.2
 
@@ -327,7 +327,7 @@ def train(name, nets, x, objective, epochs, generator, compile=False, checkpoint
     parts, first, history = (nets, optimiser, generator), 0, torch.zeros(epochs, 3)
     if checkpoint and checkpoint.state:
         first, history = checkpoint.restore(*parts)
-        history = history.cpu()
+        history = history.cpu()  # a checkpoint is loaded onto the device
     bar = tqdm(range(first, epochs), name, epochs, initial=first, disable=None,
                position=int(os.environ.get("LOCAL_RANK", 0)))
     for epoch in bar:
@@ -337,16 +337,16 @@ def train(name, nets, x, objective, epochs, generator, compile=False, checkpoint
             images = x[index]
             RE, RT = terms(nets, images if h is x else h[index], images, noise, objective)
             optimiser.zero_grad()
-            (RE - RT).mean().backward()
+            (RE - RT).mean().backward()  # negative ELBO (section 4.3), mean over the batch
             optimiser.step()
             sums.append(torch.stack([RE.detach().sum(), RT.detach().sum()]))
         sums = torch.stack(sums)  # (steps, 2); the epoch's only synchronisation is below
         if not torch.isfinite(sums).all():
-            step, term = (~torch.isfinite(sums)).nonzero()[0].tolist()
+            step, term = (~torch.isfinite(sums)).nonzero()[0].tolist()  # the first in time
             raise FloatingPointError(f"{name}: the term {('RE', 'RT')[term]} is not finite at step "
                                      f"{epoch * len(sums) + step}")
-        RE, RT = (sums.sum(0) / len(x)).tolist()
-        history[epoch] = torch.tensor([RE, RT, time.perf_counter() - start])
+        RE, RT = (sums.sum(0) / len(x)).tolist()  # over the epoch, in which the weights moved
+        history[epoch] = torch.tensor([RE, RT, time.perf_counter() - start])  # .tolist() has waited
         bar.set_postfix_str(f"RE {RE:.2f}, RT {RT:.2f}", refresh=False)
         if checkpoint and checkpoint.due():
             checkpoint.save((epoch + 1, history), *parts)
@@ -365,7 +365,7 @@ def train_judge(judge, x, y, steps, generator):
         loss.backward()
         optimiser.step()
         schedule.step()
-    if not torch.isfinite(loss):
+    if not torch.isfinite(loss):  # one bad step spoils the weights, and so the last loss
         raise FloatingPointError("LeNet: the cross-entropy is not finite")
     return judge.state_dict()
 
@@ -374,13 +374,13 @@ def train_judge(judge, x, y, steps, generator):
 
 def constant(x):
     """-log p(x|z) - RE in nats of p(x|z) = N(x_hat, 1/2), images x (N, C, H, W)."""
-    return x[0].numel() / 2 * math.log(math.pi)
+    return x[0].numel() / 2 * math.log(math.pi)  # log sqrt(2 pi sigma^2) per value
 
 
 def evaluate(nets, x, objective, generator):
     """RE, RT and the loss RE - RT, means over the images x (N, C, 32, 32), one drawn z each."""
     noise = torch.randn(len(x), nets["prior"].D, generator=generator, device=x.device)
-    RE, RT = in_parts(lambda x, noise: torch.stack(loss_terms(
+    RE, RT = in_parts(lambda x, noise: torch.stack(loss_terms(  # (N, 2), averaged in float64
         nets, nets["frozen"](x), x, noise, objective), 1), x, noise).cpu().double().mean(0).tolist()
     return {"negative ELBO": RE - RT, "RE": RE, "RT": RT}
 
@@ -390,7 +390,7 @@ def log_likelihood(nets, x, samples, generator, steps=100):
     Gaussian proposal per image begins as q(z|x), though not with variances below 0.01, and is
     refined by `steps` of Adam on the same bound. Freezes the nets."""
     nets.requires_grad_(False)
-    mu, logvar = encode(nets, nets["frozen"](x))
+    mu, logvar = encode(nets, nets["frozen"](x))  # (N, D) each
     mu, logvar = mu.clone().requires_grad_(), logvar.clamp(min=math.log(0.01)).requires_grad_()
 
     def log_weight():
@@ -405,26 +405,26 @@ def log_likelihood(nets, x, samples, generator, steps=100):
     schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.01, steps)
     for _ in tqdm(range(steps), "proposals for log p(x)", disable=None, leave=False):
         optimiser.zero_grad()
-        (-log_weight().sum()).backward()
+        (-log_weight().sum()).backward()  # a sum: each image's proposal has its own gradient
         optimiser.step()
         schedule.step()
     with torch.no_grad():
         weights = torch.stack([log_weight() for _ in range(samples)])  # (samples, N)
-    return weights.logsumexp(0) - math.log(samples)
+    return weights.logsumexp(0) - math.log(samples)  # log of a mean: by Jensen too low on average
 
 
 @torch.no_grad()
 def sample(nets, n, generator):
     """n images from the prior, clipped to [0, 1], and their codes: (n, C, 32, 32), (n, D)."""
     u = torch.randn(n, nets["prior"].D, generator=generator, device=generator.device)
-    z = in_parts(nets["prior"].inverse, u)
+    z = in_parts(nets["prior"].inverse, u)  # (n, D)
     return in_parts(nets["decoder"], z).clamp(0, 1), z
 
 
 @torch.no_grad()
 def interpolate(nets, z):
     """Straight lines in latent space between pairs of codes: z (2, n, D) -> (n, 8, C, 32, 32)."""
-    t = torch.linspace(0, 1, 8, device=z.device)[:, None]
+    t = torch.linspace(0, 1, 8, device=z.device)[:, None]  # (8, 1), both ends included (Table 5.9)
     codes = (1 - t) * z[0][:, None] + t * z[1][:, None]  # (n, 8, D)
     return in_parts(nets["decoder"], codes.flatten(0, 1)).clamp(0, 1).unflatten(0, (-1, 8))
 
@@ -432,15 +432,15 @@ def interpolate(nets, z):
 def jump_share(paths):
     """The share of paths (n, 8, C, 32, 32) in which one of the 7 steps is over 3/7 of all."""
     steps = (paths[:, 1:] - paths[:, :-1]).flatten(2).norm(dim=2)  # (n, 7)
-    return (steps.amax(1) > 3 / 7 * steps.sum(1)).float().mean().item()
+    return (steps.amax(1) > 3 / 7 * steps.sum(1)).float().mean().item()  # even steps: 1/7 each
 
 
 def naive_samples(x, n, generator, k=16):
     """n draws of the Gaussian in the plane of k principal components of x (N, C, H, W), clipped."""
-    flat = x.flatten(1)
+    flat = x.flatten(1)  # (N, C H W)
     values, vectors = torch.linalg.eigh(torch.cov(flat.T.cpu().double()))  # ascending
-    noise = torch.randn(n, k, generator=generator, device=x.device)
-    draws = flat.mean(0) + noise * values[-k:].sqrt().to(x) @ vectors[:, -k:].T.to(x)
+    noise = torch.randn(n, k, generator=generator, device=x.device)  # (n, k)
+    draws = flat.mean(0) + noise * values[-k:].sqrt().to(x) @ vectors[:, -k:].T.to(x)  # (n, C H W)
     return draws.view(n, *x.shape[1:]).clamp(0, 1)
 
 
@@ -454,7 +454,7 @@ def frechet_distance(a, b):
     """Squared Fréchet distance of two Gaussians (mean (d,), covariance (d, d)), in float64."""
     (mean_a, A), (mean_b, B) = a, b
     values, vectors = torch.linalg.eigh(A)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T  # A^(1/2)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T  # A^(1/2); eigenvalues round below 0
     # tr (A B)^(1/2) by way of a symmetric matrix with the same eigenvalues
     cross = torch.linalg.eigvalsh(root @ B @ root).clamp(min=0).sqrt().sum()
     return (((mean_a - mean_b) ** 2).sum() + A.trace() + B.trace() - 2 * cross).item()
@@ -463,12 +463,12 @@ def frechet_distance(a, b):
 @torch.no_grad()
 def judged(judge, x, real):
     """What LeNet sees in x (n, C, 32, 32), beside the moments of its features of real images."""
-    features = in_parts(judge.features, x)
-    p = judge.head(features).softmax(1)
-    share = p.argmax(1).cpu().bincount(minlength=10).double() / len(x)
+    features = in_parts(judge.features, x)  # (n, 84)
+    p = judge.head(features).softmax(1)  # (n, 10)
+    share = p.argmax(1).cpu().bincount(minlength=10).double() / len(x)  # (10,), 0 where absent
     return {"distance": frechet_distance(moments(features), real),
             "confident": (p.amax(1) >= 0.9).float().mean().item(),
-            "balance": torch.special.entr(share).sum().item() / math.log(10)}
+            "balance": torch.special.entr(share).sum().item() / math.log(10)}  # 1: ten equal shares
 
 
 def inception(path, device):
@@ -494,14 +494,14 @@ def inception(path, device):
     inputs, last = [], net.Mixed_7c
     last.register_forward_pre_hook(lambda _, x: inputs.append(*x))
     last.branch_pool.register_forward_pre_hook(lambda *_: F.max_pool2d(inputs.pop(), 3, 1, 1))
-    net.fc = nn.Identity()
+    net.fc = nn.Identity()  # leaves the 2048 pooled features
     return net.requires_grad_(False).eval().to(device), hashlib.sha256(data).hexdigest()[:8]
 
 
 def fid_moments(net, x):
     """moments of the Inception features of images x (n, C, H, W) in [0, 1], read as 8-bit files."""
     def features(x):
-        x = ((x * 255).round() / 255).expand(-1, 3, -1, -1)
+        x = ((x * 255).round() / 255).expand(-1, 3, -1, -1)  # (B, 3, H, W), 256 levels
         return net(2 * F.interpolate(x, (299, 299), mode="bilinear", align_corners=False) - 1)
     return moments(in_parts(features, x, size=100))
 
@@ -511,18 +511,18 @@ def anova(rows, value, terms):
     rows: dicts; terms: "a", "b", "a x b", ..., left out where a factor has one level."""
     from scipy.stats import f
     y, table = torch.tensor([row[value] for row in rows], dtype=torch.double), {}
-    error, df_error = y - y.mean(), len(y) - 1
+    error, df_error = y - y.mean(), len(y) - 1  # the grand mean is out, and one df with it
     # balanced: an effect is the mean, over a cell, of what is left; interactions come after factors
     for term in terms:
         cells = [[row[factor] for factor in term.split(" x ")] for row in rows]
         df = math.prod(len(set(levels)) - 1 for levels in zip(*cells))
         effect = torch.stack([error[torch.tensor([other == cell for other in cells])].mean()
-                              for cell in cells])
+                              for cell in cells])  # (rows,), the mean of each row's cell
         error, df_error = error - effect, df_error - df
-        if df:
-            table[term] = {"F": (effect ** 2).sum().item() / df, "df": df}
+        if df:  # 0: a factor of one level
+            table[term] = {"F": (effect ** 2).sum().item() / df, "df": df}  # a mean square so far
     for row in table.values():
-        row["F"] /= (error ** 2).sum().item() / df_error
+        row["F"] /= (error ** 2).sum().item() / df_error  # over the unexplained mean square
         row |= {"error df": df_error, "p": float(f.sf(row["F"], row["df"], df_error))}
     return table
 
@@ -606,7 +606,7 @@ def arguments(argv=None):
     add("--fid", action="store_true", help="the standard FID, too: slow without a GPU")
     add("--fid-weights", metavar="FILE", help="Inception's weights; default: downloaded")
     args = parser.parse(argv)
-    colour = args.dataset in ("svhn", "glyphs-rgb")
+    colour = args.dataset in ("svhn", "glyphs-rgb")  # Table 5.10 has conv, flow6 alone
     args.epochs = args.epochs[colour] if isinstance(args.epochs, tuple) else args.epochs
     args.layers = [name for name in LAYERS if name in (args.layers or LAYERS[colour:])]
     args.prior = [name for name in PRIORS if name in (args.prior or list(PRIORS)[2 * colour:])]
@@ -626,7 +626,7 @@ def join(device):
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     else:
         torch.set_num_threads(max(1, os.cpu_count() // int(os.environ["LOCAL_WORLD_SIZE"])))
-    dist.init_process_group("gloo", timeout=datetime.timedelta(days=30))
+    dist.init_process_group("gloo", timeout=datetime.timedelta(days=30))  # only barriers
     return dist.get_rank(), dist.get_world_size()
 
 
@@ -675,26 +675,26 @@ def one_model(run, args, judge, fid, x, train_index, test_index, real, repeat, *
     def compute_scores(_):
         test, g = x[test_index], generator(" scores")
         scores, some = evaluate(nets, test, args.objective, g), test[:args.importance_images]
-        bound = evaluate(nets, some, "corrected", g)["negative ELBO"] + constant(x)
+        bound = -evaluate(nets, some, "corrected", g)["negative ELBO"] - constant(x)  # of log p(x)
         log_p = log_likelihood(nets, some, args.importance_samples, g, args.importance_steps)
         images, z = sample(nets, args.samples, generator(" samples"))
         paths = interpolate(nets, z[:len(z) // 2 * 2][:400].unflatten(0, (2, -1)))
-        scores |= {"nats there": bound, "log p": log_p.mean().item(),
+        scores |= {"true ELBO": bound, "log p": log_p.mean().item(),
                    **judged(judge, images, real["moments"]), "jumps": jump_share(paths)}
-        mu, _ = encode(nets, nets["frozen"](test[:8]))
+        mu, _ = encode(nets, nets["frozen"](test[:8]))  # (8, D), without noise
         pictures = {"reconstructions": torch.stack([test[:8], nets["decoder"](mu).clamp(0, 1)]),
                     "samples": images[:64].unflatten(0, (8, -1)), "interpolations": paths[:4]}
         return scores, {key: value.cpu().clone() for key, value in pictures.items()}
 
     def compute_fid(_):
-        images, _ = sample(nets, args.samples, generator(" samples"))
+        images, _ = sample(nets, args.samples, generator(" samples"))  # the images that were scored
         return frechet_distance(fid_moments(fid[0], images), real["FID moments"])
     history, state = run.unit(name, compute).values()
     nets.load_state_dict(state)
     row = dict(zip(FACTORS, key)) | {
         "repeat": repeat, "weights": document_count(nets),
         "real weights": sum(p.numel() for p in nets.parameters() if p.requires_grad)}
-    nets.requires_grad_(False)
+    nets.requires_grad_(False)  # after the counts of what is trainable
     scores, pictures = run.unit(f"{name}-scores", compute_scores)
     if fid:
         scores["FID"] = run.unit(f"{name}-fid-{fid[1]}", compute_fid)
@@ -708,7 +708,7 @@ def one_model(run, args, judge, fid, x, train_index, test_index, real, repeat, *
 def published(channels):
     """The document's figures: {measure: {(layers, prior, encoder): {"mean", "std"}}}."""
     grid = list(itertools.product(LAYERS, PRIORS, ENCODERS[:4]))
-    keys, tables = (grid if channels == 1 else [None] * 24 + grid[-4:]), {}
+    keys, tables = (grid if channels == 1 else [None] * 24 + grid[-4:]), {}  # SVHN's come last
     for name, text in DOCUMENT.items():
         figures = [word.partition("/") for word in text.split()]
         tables[name] = {key: {"mean": float(mean), "std": float(std) if std else None}
@@ -759,9 +759,9 @@ def in_order(order, measure, cells):
     for side in order.split(" < "):
         sides.append([])
         for term in side.split(", "):
-            factor, name = re.fullmatch(r"([\d.]*) ?(.*)", term).groups()
+            factor, name = re.fullmatch(r"([\d.]*) ?(.*)", term).groups()  # "2 c" -> "2", "c"
             some = [row[measure][statistic] for key, row in cells.items()
-                    if {*name.split()} <= {*key}]
+                    if {*name.split()} <= {*key}]  # models that have all of these levels
             if None in some or not some:
                 return None
             means[name] = sum(some) / len(some)
@@ -776,7 +776,7 @@ def closing_table(cells, distance, objective, channels):
     known = {key: row for key, row in cells.items() if key in document["RE"]}
     for name in ("negative ELBO", "RT", "RE", "FID", "weights"):
         near = [abs(row[name]["mean"] - document[name][key]["mean"])
-                <= 2 * (document[name][key]["std"] or 0) + 0.01
+                <= 2 * (document[name][key]["std"] or 0) + 0.01  # and one in its last digit
                 for key, row in known.items() if name in row]
         if near and (as_published or name == "weights"):
             number = MEASURES[name][:3] if channels == 1 else "5.10"
@@ -863,10 +863,11 @@ def main(argv=None):
         args.fresh = False
     fid = inception(args.fid_weights, args.device) if args.fid else None
     x, y = load_data(args.dataset, args.train_images, args.test_images, args.data, args.device)
-    left = len(x) - args.train_images * 7 // 5
-    if left < (args.test_images or 100):
-        common.die(f"argument --train-images: {args.train_images} and 0.4 of that for validation "
-                   f"leave {max(0, left)} of {args.dataset}'s {len(x)} images to test")
+    left, test = len(x) - args.train_images * 7 // 5, args.test_images or 100
+    if left < test:
+        flag = "train" if left < 100 else "test"
+        common.die(f"argument --{flag}-images: {args.train_images} to train on and 0.4 of that for "
+                   f"validation leave {max(0, left)} of {args.dataset}'s {len(x)}, not {test}")
     with contextlib.redirect_stdout(io.StringIO()) if rank else contextlib.nullcontext(), \
             common.Run(__file__, args, f"{args.dataset} 32x32, {args.objective}", ADDITIVE) as run:
         g = common.generator(args.seed, "LeNet", args.device)

@@ -15,8 +15,8 @@ a VAE, a GAN, and LSO through their decoders (the document's next experiment) an
 
 A run leaves figures, results.json, metrics.csv and the nets (units/*.pt) in
 out/lso_mnist-<preset>. Not timed on a GPU. What the document leaves open, and what we chose:
-* At a rate of 1e-3 LSO-1 ends near the document's error; 1e-2 (rows "regular") is much better;
-  "regular 0.1" adds unit noise on z and beta |z|^2 / 2 in the loss (Ghosh et al. 2020).
+* At a rate of 1e-3 LSO-1 ends near the document's error, LSO-2 at half of it; 1e-2 (rows "regular")
+  is better; "regular 0.1" adds unit noise on z and beta |z|^2 / 2 in the loss (Ghosh et al. 2020).
 * The rule for C and the step limit decide the success rates. The default, C = -0.01, minus the
   threshold, and 250 steps, meets the document's 64 % and 82 %.
 * Starts are normal, with the mean and deviation of each unit over training codes, in a VAE or GAN
@@ -44,7 +44,7 @@ PRESETS = {  # what is not named: 100 starts, 250 steps, 50 attempts, 3000 train
     "quick": dict(repeats=5, sizes=[2, 5, 10, 50, 100]),
     "paper": dict(repeats=20, sizes=[1, 2, 3, 5, 7, 10, 14, 30, 50, 70, 100])}
 DOCUMENT = {"LSO-1": (0.0239, 0.64), "LSO-2": (0.0203, 0.82)}  # MSE, success; section 5.1
-SIDE, PIXELS, BATCH, MODEL_IMAGES = 14, 196, 100, 10_000
+SIDE, PIXELS, BATCH, MODEL_IMAGES = 14, 196, 100, 10_000  # 14x14: Figure 1; 10,000: section 5.1
 THRESHOLD, GUARD = 0.01, 1e-30  # of E, the document's ".001 MSE" over 10 outputs; of |D|^2
 RULES = {  # wanted change C of the error E (polyak: Polyak's step to E = 0), factor on the steps
     "constant": (lambda E: -0.01, 1), "patient": (lambda E: -0.01, 4), "polyak": (lambda E: -E, 1),
@@ -55,19 +55,19 @@ STARTS = ("normal", "box")
 Model = namedtuple("Model", "k images lr beta noise longer",
                    defaults=(MODEL_IMAGES, 1e-3, 0.0, "none", 1))
 CLASSIFIER, JUDGE = Model(10, lr=1e-2), Model(10, 50_000, lr=1e-2, longer=2)
-MODELS = {
+MODELS = {  # LSO-1, LSO-2: section 5.1; "regular 0": LSO-2 at the rate of "regular 0.1" and VAE
     "LSO-1": Model(5, images=1000), "LSO-2": Model(20), "regular 0": Model(20, lr=1e-2),
     "regular 0.1": Model(20, lr=1e-2, beta=0.1, noise="unit"),
     "VAE": Model(20, lr=1e-2, beta=0.2, noise="learned", longer=2), "GAN": Model(20, longer=2)}
 STUDIED = ("LSO-1", "LSO-2", "input")  # the document's own; input: optimisation of the pixels
 DRAWS = {"LSO-2 draws": "LSO-2", "VAE": "VAE", "GAN": "GAN"}  # Algorithm 3 without a step
 METHODS = ("input", "LSO-1", "LSO-2", "regular 0.1", "LSO in VAE", "LSO in GAN", *DRAWS, "real")
-COMPARISONS = [  # claim, document, measure, rows a, b, factor: a is clearly above b and factor * b
+COMPARISONS = [  # claim, document, measure, rows a, b, factor: a clearly above b, and factor * b
     ("larger layer, more success", "yes", "success", "LSO-2", "LSO-1", 1),
     ("larger layer, more success", "yes", "success", "input", "LSO-2", 1),
-    ("a regular latent space: more success", "suspected", "success", "regular 0.1", "regular 0", 1),
-    ("a regular latent space: more success", "suspected", "success", "LSO in VAE", "regular 0", 1),
-    ("a regular latent space: more success", "suspected", "success", "LSO in GAN", "regular 0", 1),
+    ("a regular latent space: more success", "unclear", "success", "regular 0.1", "regular 0", 1),
+    ("a regular latent space: more success", "unclear", "success", "LSO in VAE", "regular 0", 1),
+    ("a regular latent space: more success", "unclear", "success", "LSO in GAN", "regular 0", 1),
     ("a regular latent space: read more often", "suspected", "read", "regular 0.1", "regular 0", 1),
     ("LSO is read as wanted 3 times as often", "wildly", "read", "LSO-2", "input", 3),
     ("GAN draws are read more often than LSO", "yes", "read", "GAN", "LSO-2", 1),
@@ -81,9 +81,9 @@ COMPARISONS = [  # claim, document, measure, rows a, b, factor: a is clearly abo
 
 def load_data(dataset, downsample, folder, device):
     """{split: (x (n, 196) in [0, 1], y (n,))}: models and judge share no image; test is apart."""
-    if dataset == "glyphs":
+    if dataset == "glyphs":  # 10,000 for models, 10,000 for the judge, 5000 to test
         (x, y), tests = common.glyphs(25_000, 0, device=device), 5000
-    else:
+    else:  # MNIST: 10,000 for models, 50,000 for the judge, its own 10,000 to test
         parts = [common.images(dataset, train, folder, device) for train in (True, False)]
         (x, y), tests = map(torch.cat, zip(*parts)), len(parts[1][1])
     x = (F.avg_pool2d(x, 2) if downsample == "pool" else x[:, :, ::2, ::2]).flatten(1)  # (n, 196)
@@ -99,7 +99,7 @@ class MLP(nn.Module):
     def __init__(self, sizes, repeats, generator, hidden=torch.sigmoid, out=None):
         super().__init__()
         self.hidden, self.out = hidden, out
-        gain = 2.0 if hidden is torch.sigmoid else math.sqrt(2)  # keeps the signal's variance
+        gain = 2.0 if hidden is torch.sigmoid else math.sqrt(2)  # about keeps the mean square of h
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
         for a, b in zip(sizes, sizes[1:]):
             draw = torch.randn(repeats, a, b, generator=generator, device=generator.device)
@@ -108,7 +108,7 @@ class MLP(nn.Module):
 
     def forward(self, h):
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases)):
-            h = torch.baddbmm(bias, self.hidden(h) if i else h, weight)
+            h = torch.baddbmm(bias, self.hidden(h) if i else h, weight)  # (R, B, a) -> (R, B, b)
         return self.out(h) if self.out else h
 
 
@@ -117,19 +117,19 @@ def build(name, model, repeats, g):
     judge is convolutional, (n, 196) -> logits (n, 10); judge[:-1] are its features (n, 64)."""
     k, codes = model.k, 2 * model.k if model.noise == "learned" else model.k
     if name == "classifier":
-        return MLP([PIXELS, 64, k], repeats, g, out=torch.sigmoid)
+        return MLP([PIXELS, 64, k], repeats, g, out=torch.sigmoid)  # Figure 2
     if name == "GAN":
         return nn.ModuleDict({
             "decoder": MLP([k, 256, 256, PIXELS], repeats, g, torch.relu, torch.sigmoid),
             "discriminator": MLP([PIXELS, 256, 256, 1], repeats, g, F.leaky_relu)})
     if name != "judge":
-        return nn.ModuleDict({"encoder": MLP([PIXELS, 100, codes], repeats, g),
+        return nn.ModuleDict({"encoder": MLP([PIXELS, 100, codes], repeats, g),  # Figure 1
                               "decoder": MLP([k, 100, PIXELS], repeats, g, out=torch.sigmoid)})
     features = nn.Sequential(
-        nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(),
-        nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.BatchNorm2d(32), nn.ReLU(),
+        nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(),  # (n, 16, 14, 14)
+        nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.BatchNorm2d(32), nn.ReLU(),  # (n, 32, 7, 7)
         nn.Conv2d(32, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(),
-        nn.MaxPool2d(2), nn.Flatten(), nn.Linear(32 * 9, 64), nn.ReLU())
+        nn.MaxPool2d(2), nn.Flatten(), nn.Linear(32 * 9, 64), nn.ReLU())  # (n, 32, 3, 3) -> (n, 64)
     judge = nn.Sequential(OrderedDict(image=nn.Unflatten(1, (1, SIDE, SIDE)), features=features,
                                       head=nn.Linear(64, k))).to(g.device)
     for layer in judge.modules():  # PyTorch's own first weights are from the global generator
@@ -146,9 +146,9 @@ def autoencoder_loss(nets, model, x, generator):
     over the batch. (R, B, 196) -> (R,). Noise "unit" leaves |z|^2 / 2 of the KL."""
     z, logvar = nets["encoder"](x), torch.zeros((), device=x.device)
     if model.noise == "learned":
-        z, logvar = z.chunk(2, -1)
-    kl = 0.5 * (z ** 2 + logvar.exp() - 1 - logvar).sum(-1)
-    if model.noise != "none":
+        z, logvar = z.chunk(2, -1)  # (R, B, 2 k) -> two (R, B, k): mean and log variance
+    kl = 0.5 * (z ** 2 + logvar.exp() - 1 - logvar).sum(-1)  # (R, B)
+    if model.noise != "none":  # a draw from q(z|x), written so that the encoder gets a gradient
         z = z + (logvar / 2).exp() * torch.randn(z.shape, generator=generator, device=z.device)
     return (((nets["decoder"](z) - x) ** 2).sum(-1) + model.beta * kl).mean(-1)
 
@@ -157,34 +157,34 @@ def discriminator_loss(nets, x, z, r1=0.3):
     """Logistic loss of real x (R, B, 196) and fakes from z (R, B, k), + r1/2 |dD/dx|^2. -> (R,)"""
     x = x.detach().requires_grad_()
     real, fake = nets["discriminator"](x), nets["discriminator"](nets["decoder"](z).detach())
-    (slope,) = torch.autograd.grad(real.sum(), x, create_graph=True)
+    (slope,) = torch.autograd.grad(real.sum(), x, create_graph=True)  # (R, B, 196), image by image
     penalty = r1 / 2 * (slope ** 2).sum(-1).mean(1)  # R1 (Mescheder et al. 2018): both nets settle
     return (F.softplus(-real) + F.softplus(fake)).mean((1, 2)) + penalty
 
 
 def judge_loss(judge, x, y, generator):
     """Cross-entropy in nats of images (1, B, 196), each shifted by up to a pixel; a scalar."""
-    pixel = torch.arange(PIXELS, device=x.device).view(SIDE, SIDE)
+    pixel = torch.arange(PIXELS, device=x.device).view(SIDE, SIDE)  # roll wraps; rim nearly black
     moved = torch.stack([pixel.roll((s // 3 - 1, s % 3 - 1), (0, 1)).flatten() for s in range(9)])
     shift = torch.randint(9, x.shape[:2], generator=generator, device=x.device)
-    return F.cross_entropy(judge(x.gather(2, moved[shift])[0]), y[0])
+    return F.cross_entropy(judge(x.gather(2, moved[shift])[0]), y[0])  # moved[shift]: (1, B, 196)
 
 
 def total_squared_error(output, digits):
     """E: squared deviations from one-hot summed over 10 outputs. (..., 10), (...) -> (...)"""
-    return ((output - F.one_hot(digits, 10)) ** 2).sum(-1)
+    return ((output - F.one_hot(digits, 10)) ** 2).sum(-1)  # section 5; ten times the MSE of 5.1
 
 
 def objectives(name, model, nets, x, y, g, compile=False):
     """What trains each net: {term: (net, loss)}; loss(i) -> (R,) on the images x[i], i (R, B)."""
-    def z(i):
+    def z(i):  # new draws from the prior N(0, 1), (R, B, k)
         return torch.randn(*i.shape, model.k, generator=g, device=g.device)
-    if name == "classifier":
+    if name == "classifier":  # x[i] (R, B, 196), y[i] (R, B)
         return {"squared error": (nets, lambda i: total_squared_error(nets(x[i]), y[i]).mean(1))}
     if name == "judge":
         return {"cross-entropy": (nets, lambda i: judge_loss(nets, x[i], y[i], g))}
     if name == "GAN":
-        D, G = nets["discriminator"], nets["decoder"]
+        D, G = nets["discriminator"], nets["decoder"]  # G is a decoder for LSO, too (section 6)
         return {"discriminator": (D, lambda i: discriminator_loss(nets, x[i], z(i))),
                 "generator": (G, lambda i: F.softplus(-D(G(z(i)))).mean((1, 2)))}  # non-saturating
     loss = common.compiled(lambda i: autoencoder_loss(nets, model, x[i], g), compile)
@@ -210,11 +210,11 @@ def train(name, nets, losses, n, repeats, steps, lr, generator, checkpoint=None)
         for j, (optimiser, loss) in enumerate(zip(optimisers, terms)):
             optimiser.param_groups[0]["lr"] = lr * min(1.0, 2 * (1 - step / steps))
             value = loss(index)  # (R,)
-            optimiser.zero_grad()
+            optimiser.zero_grad()  # clears, too, what a generator's loss left in the discriminator
             value.sum().backward()  # no weight is shared: the sum trains each net on its own loss
             optimiser.step()
             history[step, j] = value.detach().mean()
-        if (step + 1) % 100 == 0 or step + 1 == steps:
+        if (step + 1) % 100 == 0 or step + 1 == steps:  # not every step: reading waits for the GPU
             if not torch.isfinite(history).all():
                 i, j = (~torch.isfinite(history)).nonzero()[0].tolist()
                 raise FloatingPointError(f"{name}: the term {list(losses)[j]} is not finite at "
@@ -240,7 +240,7 @@ def train_all(run, args, data, models):
             return {"history": values.cpu(), "state": nets.state_dict()}
         result = run.unit(name.replace(" ", "-"), compute)
         nets.load_state_dict(result["state"])
-        nets.requires_grad_(False).eval()
+        nets.requires_grad_(False).eval()  # eval: the judge's batch norm by its running figures
         history += [{"net": name, "term": term, "step": step, "loss": value}
                     for term, values in zip(losses, result["history"].T)
                     for step, value in enumerate(values.tolist(), 1) if step % 20 == 0]
@@ -255,20 +255,20 @@ def algorithm_3(error, v, rule, steps, trace=None):
     A start ends with E <= THRESHOLD; one with S <= GUARD stays where it is. trace: a list that gets
     (v, E, S) of every step. Returns v, the step of success (R, N) (-1: none) and stuck (R, N)."""
     success = torch.full(v.shape[:2], -1, device=v.device)
-    for step in range(steps + 1):
-        v = v.detach().requires_grad_()
+    for step in range(steps + 1):  # one round more than steps: the last v is tested, not moved
+        v = v.detach().requires_grad_()  # (R, N, k); a new leaf: no graph grows along the walk
         E = error(v)
         (D,) = torch.autograd.grad(E.sum(), v)  # weights are frozen: this is dE/dv, start by start
-        E, S = E.detach(), (D ** 2).sum(-1)
+        E, S = E.detach(), (D ** 2).sum(-1)  # S (R, N): "squared sum" of Algorithm 3
         success = torch.where((success < 0) & (E <= THRESHOLD), step, success)
-        stuck = (success < 0) & (S <= GUARD)
+        stuck = (success < 0) & (S <= GUARD)  # no slope: C / S would be huge or infinite
         moving = (success < 0) & ~stuck
         if trace is not None:
             trace.append((v.detach(), E, S))
-        if step == steps or (step % 50 == 0 and not moving.any()):
+        if step == steps or (step % 50 == 0 and not moving.any()):  # any() waits for the GPU
             break
-        change = D * (rule(E) / S)[..., None]  # Algorithm 3
-        v = torch.where(moving[..., None], v + change, v)
+        change = D * (rule(E) / S)[..., None]  # Algorithm 3, (R, N, k)
+        v = torch.where(moving[..., None], v + change, v)  # change may be nan where nothing moves
     return v.detach(), success, stuck
 
 
@@ -286,14 +286,14 @@ def generate(error, draw, digits, rule, steps, attempts, g, name="", checkpoint=
         if width == 0:
             break
         # the failed ones first; repeats with fewer of them fill up with solved ones, left alone
-        index = out["solved"].int().argsort(dim=1, stable=True)[:, :width]
+        index = out["solved"].int().argsort(dim=1, stable=True)[:, :width]  # (R, width)
         wanted, again = digits.gather(1, index), ~out["solved"].gather(1, index)
         v, success, stuck = algorithm_3(lambda v: error(v, wanted), draw(width, g), rule, steps)
         if attempt == 0:
-            out |= {"v": v, "first": success, "stuck": stuck}
-        wide = index[..., None].expand_as(v)
+            out |= {"v": v, "first": success, "stuck": stuck}  # all N, in order: the sort is stable
+        wide = index[..., None].expand_as(v)  # (R, width, k)
         out["v"].scatter_(1, wide, torch.where(again[..., None], v, out["v"].gather(1, wide)))
-        out["solved"].scatter_(1, index, (success >= 0) | ~again)
+        out["solved"].scatter_(1, index, (success >= 0) | ~again)  # what was solved remains solved
         out["attempts"].scatter_add_(1, index, again.long())
         out["steps"].scatter_add_(1, index, again * torch.where(success < 0, steps, success))
         if checkpoint and checkpoint.due():
@@ -305,7 +305,7 @@ def starts(kind, codes, n, generator):
     """Random starts (R, n, k) like codes (R, m, k), unit by unit."""
     (R, _, k), random = codes.shape, dict(generator=generator, device=generator.device)
     if kind == "box":
-        low, high = codes.amin(1, keepdim=True), codes.amax(1, keepdim=True)
+        low, high = codes.amin(1, keepdim=True), codes.amax(1, keepdim=True)  # (R, 1, k)
         return low + (high - low) * torch.rand(R, n, k, **random)
     return codes.mean(1, keepdim=True) + codes.std(1, keepdim=True) * torch.randn(R, n, k, **random)
 
@@ -314,7 +314,7 @@ def start_codes(name, model, nets, x, seed):
     """What starts should look like (R, 1000, k): codes of the images x (R, 1000, 196), or draws
     from the prior of a VAE or GAN, so scaled that "normal" starts are N(0, 1) itself."""
     if name != "GAN" and model.noise != "learned":
-        return nets["encoder"](x)
+        return nets["encoder"](x)  # (R, 1000, k); noise "unit" is left out
     g = common.generator(seed, f"{name} prior", x.device)
     z = torch.randn(*x.shape[:2], model.k, generator=g, device=x.device)
     return (z - z.mean(1, keepdim=True)) / z.std(1, keepdim=True)
@@ -326,19 +326,19 @@ def study(run, args, classifier, layers):
     choices = [(rule, args.start) for rule in RULES] + [(args.rule, start) for start in STARTS]
     tasks = {(name, *choice): (name, 1) for name in STUDIED for choice in choices}
     tasks |= {(f"LSO in {name}" if name in DRAWS else name, args.rule, args.start):
-              (name, args.attempts) for name in layers}
+              (name, args.attempts) for name in layers}  # for STUDIED in place of the one attempt
     tasks |= {(row, "none", "normal"): (name, 40 * args.attempts) for row, name in DRAWS.items()}
     rules, found = RULES | {"none": (None, 0)}, {}
-    digits = (torch.arange(args.starts, device=args.device) % 10).repeat(args.repeats, 1)
+    digits = (torch.arange(args.starts, device=args.device) % 10).repeat(args.repeats, 1)  # (R, N)
     for (row, rule, start), (name, attempts) in tasks.items():
         (decode, codes), (change, factor) = layers[name], rules[rule]
         g = common.generator(args.seed, f"{name} {start}", args.device)  # rules share their starts
 
-        def compute(checkpoint):
+        def compute(checkpoint):  # classifier(decode(v)): the combined net of Figure 3
             out = generate(lambda v, wanted: total_squared_error(classifier(decode(v)), wanted),
                            lambda n, g: starts(start, codes, n, g), digits, change,
                            factor * args.steps, attempts, g, f"{row}, attempts", checkpoint)
-            out["images"] = decode(out["v"]).clamp(0, 1)
+            out["images"] = decode(out["v"]).clamp(0, 1)  # (R, N, 196); pixels may leave [0, 1]
             return {key: value.cpu() for key, value in out.items()}
         found[row, rule, start] = run.unit(f"{row} {rule} {start}".replace(" ", "-"), compute)
     return found
@@ -359,7 +359,7 @@ def walk(classifier, decode, codes, start, rule, factor, steps, g, digit=8):
 
 def real_digits(x, y, count):
     """Up to `count` images of each digit, 0 to 9 in turn (1, N, 196), and all others (n, 196)."""
-    count = min(count, int(y.bincount().min()) // 2)
+    count = min(count, int(y.bincount().min()) // 2)  # at least half of each digit is left over
     chosen = torch.stack([(y == d).nonzero()[:count, 0] for d in range(10)], 1).flatten()
     others = torch.ones_like(y, dtype=torch.bool).index_fill(0, chosen, False)
     return x[chosen][None], x[others]
@@ -369,14 +369,14 @@ def pca_mse(x, k, *others):
     """Mean squared error per pixel of PCA with k components of x: [on x, on each of others]."""
     mean = x.mean(0)
     _, vectors = torch.linalg.eigh(torch.cov(x.T.cpu().double()))  # ascending eigenvalues
-    top = vectors[:, -k:].to(x)
+    top = vectors[:, -k:].to(x)  # (196, k), the directions of largest variance
     return [((y - mean - (y - mean) @ top @ top.T) ** 2).mean().item() for y in (x, *others)]
 
 
 def reconstruction_row(name, nets, model, x, x_test):
     """Errors without noise on the training images and the test set, those of PCA beside them."""
     row, sets = {"row": name, "size": model.k, "images": model.images}, (x[:model.images], x_test)
-    for key, y in zip(("train", "test"), sets):
+    for key, y in zip(("train", "test"), sets):  # y (n, 196); the code of a VAE is its mean
         z = nets["encoder"](y.expand(len(nets["encoder"].weights[0]), -1, -1))[..., :model.k]
         row[key] = common.mean_std(((nets["decoder"](z) - y) ** 2).mean((1, 2)))
     row["pca_train"], row["pca_test"] = pca_mse(sets[0], model.k, x_test)
@@ -392,7 +392,7 @@ def wilson(successes, n, z=1.96):
 
 def clearly_more(a, b):
     """Is the mean a above b by two standard errors? Both as from common.mean_std."""
-    error = sum((x["std"] or 0) ** 2 / x["n"] for x in (a, b)) ** 0.5
+    error = sum((x["std"] or 0) ** 2 / x["n"] for x in (a, b)) ** 0.5  # of a - b, if independent
     return a["mean"] - b["mean"] > 2 * error
 
 
@@ -404,15 +404,15 @@ def success_scores(out):
     scores = {key: common.mean_std(value.float().mean(1)) for key, value in shares.items()}
     scores["interval"] = wilson(int(shares["success"].sum()), shares["success"].numel())
     for key in ("attempts", "steps"):
-        mean = out[key].float().view(len(out[key]), -1, 10).mean((0, 1))
+        mean = out[key].float().view(len(out[key]), -1, 10).mean((0, 1))  # (R, N / 10, 10) -> (10,)
         scores |= {key: mean.mean().item(), f"{key} by digit": mean.tolist()}
     return scores
 
 
 def frechet_distance(a, b):
     """Squared Fréchet distance of the Gaussians fitted to features (n, d), (m, d); in float64."""
-    a, b = a.cpu().double(), b.cpu().double()
-    A, B = torch.cov(a.T), torch.cov(b.T)
+    a, b = a.cpu().double(), b.cpu().double()  # MPS has no float64
+    A, B = torch.cov(a.T), torch.cov(b.T)  # (d, d); A B has eigenvalues >= 0, but for rounding
     cross = torch.linalg.eigvals(A @ B).real.clamp(min=0).sqrt().sum()  # tr (A B)^(1/2)
     return (((a.mean(0) - b.mean(0)) ** 2).sum() + A.trace() + B.trace() - 2 * cross).item()
 
@@ -420,19 +420,19 @@ def frechet_distance(a, b):
 def judge_scores(judge, x, real, train):
     """What the judge sees in x (R, N, 196), image n meant as n % 10. read: share read as meant;
     confidence: highest probability; frechet: distance to the features real (m, 64); nearest: mean
-    distance to the nearest image of train (n, 196) (a copy has 0, but blur comes near, too: compare
-    the row "real"); diversity: mean distance of two images of one digit."""
+    distance to the nearest image of train (n, 196), of fewer images more (a copy has 0, blur comes
+    near, too: compare the row "real"); diversity: mean distance of two images of one digit."""
     R, N, _ = x.shape
-    features = judge[:-1](x.flatten(0, 1))
+    features = judge[:-1](x.flatten(0, 1))  # (R N, 64)
     p = judge[-1](features).softmax(1).view(R, N, 10)
     digits = x.view(R, N // 10, 10, PIXELS).transpose(1, 2)  # (R, 10, N / 10, 196)
-    pairs = (N // 10) * (N // 10 - 1)
+    pairs = (N // 10) * (N // 10 - 1)  # ordered, without an image and itself
     values = {"read": (p.argmax(2) == torch.arange(N, device=x.device) % 10).float().mean(1),
               "confidence": p.amax(2).mean(1),
               "nearest": torch.stack([torch.cdist(part, train).amin(1).mean() for part in x]),
               "diversity": torch.cdist(digits, digits).sum((2, 3)).mean(1) / pairs}
     return ({key: common.mean_std(value) for key, value in values.items()}
-            | {"frechet": frechet_distance(features, real)})
+            | {"frechet": frechet_distance(features, real)})  # of all repeats in one, so without ±
 
 
 def measure(studies, judge, data, models, chosen):
@@ -440,14 +440,14 @@ def measure(studies, judge, data, models, chosen):
     {row: images}); those with the rule and start `chosen`, draws and real images are judged."""
     x, (x_test, y_test), rows, judged, images = data["models"][0], data["test"], {}, {}, {}
     shown, others = real_digits(x_test, y_test, studies[("input", *chosen)]["first"].numel() // 10)
-    real = judge[:-1](others)
+    real = judge[:-1](others)  # (n, 64), the reference: real images that are not in "real"
     for (name, rule, start), out in (studies | {("real", "-", "-"): {"images": shown}}).items():
         row = rows[name, rule, start] = {"row": name, "rule": rule, "start": start}
         if "first" in out:
             row |= {"size": out["v"].shape[2], **success_scores(out)}
-        if (rule, start) == chosen or rule not in RULES:
+        if (rule, start) == chosen or rule not in RULES:  # "none": draws, "-": the real images
             images[name] = out["images"].to(x.device)
-            train = x[:models[name].images] if name in models else x
+            train = x[:models[name].images] if name in models else x  # what its decoder has seen
             row |= judge_scores(judge, images[name], real, train)
             judged[name] = row
     return rows, judged, images
@@ -521,7 +521,7 @@ def arguments(argv=None):
             ("start", "normal", STARTS, "starts: normal or uniform (box), like training codes"),
             ("repeats", None, (1, 100), "repeats: trainings of every net, side by side"),
             ("starts", 100, (20, 10**4), "generations per model and repeat, a multiple of 10"),
-            ("steps", 250, (1, 10**6), "step limit of Algorithm 3"),
+            ("steps", 250, (1, 10**6), "step limit of Algorithm 3; patient: 4, fine: 20 times"),
             ("attempts", 50, (1, 10**4), "attempts per generation at most; draws: 40 times that"),
             ("train-steps", 3000, (1, 10**6), f"batches of {BATCH}; VAE, GAN, judge: twice that")):
         how = dict(choices=allowed) if type(default) is str else dict(type=number(int, *allowed))
@@ -545,7 +545,7 @@ def claims(autoencoders, rows, judged, right):
                       f"{mse}", f"{show(row['train'])}; PCA {row['pca_train']:.4f}",
                       row["train"]["mean"] <= min(mse, row["pca_train"])))
     theirs = {name: (f"{p}", *wilson(100 * p, 100)) for name, (_, p) in DOCUMENT.items()}
-    theirs["input"] = ("almost never fails (0.95 to 1)", 0.95, 1.0)
+    theirs["input"] = ("almost never fails (0.95 to 1)", 0.95, 1.0)  # the bounds are our reading
     for name, (document, least, most) in theirs.items():
         shares, (low, high) = over(name, "success"), judged[name]["interval"]
         table.append((f"{name}: success of the first attempt (95 % intervals overlap)", document,
@@ -558,7 +558,7 @@ def claims(autoencoders, rows, judged, right):
         under = f"; so under {sum(wins)} of {len(wins)} rules and starts" if len(wins) > 1 else ""
         table.append((f"{claim}: {a}, {b}", document, f"{show(x, 3)}; {show(y, 3)}{under}",
                       clearly_more(x, y) and x["mean"] >= factor * y["mean"]
-                      and 2 * sum(wins) > len(wins)))
+                      and 2 * sum(wins) > len(wins)))  # success: under most rules and starts
     return table + [("the judge reads real test digits (99 %)", "-", f"{right:.2%}", right >= 0.99)]
 
 
@@ -571,7 +571,7 @@ def main(argv=None):
     with common.Run(__file__, args, f"{args.dataset} 14x14, {args.downsample}", ["sizes"]) as run:
         nets, history = train_all(run, args, data, models)
         classifier, judge = nets["classifier"], nets["judge"]
-        first = x[:1000].repeat(args.repeats, 1, 1)
+        first = x[:1000].repeat(args.repeats, 1, 1)  # (R, 1000, 196), seen by every model
         layers = {"input": (lambda v: v, first)} | {
             name: (nets[name]["decoder"], start_codes(name, model, nets[name], first, args.seed))
             for name, model in models.items()}

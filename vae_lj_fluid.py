@@ -18,13 +18,15 @@ and is asked for energies, coordinates, anomalies, missing data and the meaning 
 
 A run leaves figures, results.json, metrics.csv, nets and sets of data (units/*.pt) in
 out/vae_lj_fluid-<preset>; it has not been timed on a GPU. Sampler and main VAE have the settings of
-the authors' code. Quick: half of the configurations, a quarter of the optimiser's steps. We chose:
+the authors' code, which is also where the document's MSE, KL and Jensen-Shannon distance are from.
+Quick: half of the configurations, a quarter of the main VAE's steps. We chose:
 * A coordinate that would leave the box is dropped alone, the cut-off is not shifted, and below
   r^2 = 0.001 the energy is constant, so that random starts are finite.
 * Test errors are those of the mean code; while training goes on, and in the sweeps, of a drawn one.
 * "fails": test error above half of that of the trivial predictor, the mean of the training set (a
   grid's: above 90 % of it). "unit": with lambda of the slides' likelihood N(mu(z), 1), which is
-  2 D / entries for N = 30 (grid: D / entries). Dense nets train ten times as many epochs.
+  2 D / entries for N = 30 (grid: D / entries). All nets but the main one train --other-epochs only,
+  dense ones ten times as many.
 """
 import math
 from typing import NamedTuple
@@ -48,8 +50,8 @@ PRESETS = {
 STEP, CUTOFF, CORE = 0.2, 3.0, 1e-3  # largest move per coordinate; where 6-12 ends; least r^2
 CHUNK = 5000  # chains at a time on a CPU, so that they stay in its cache
 SIZES, CELLS = (3, 6, 9, 12, 15), 20  # of blacked-out blocks; of the grid per side, 0.5 sigma each
-LATENT, LAMBDA, BATCH, RATE = 40, 0.00035, 128, 1e-3
-DOCUMENT = {"mse": 0.0013, "kl": 2.110, "axes": (0.08, 0.15), "js": 0.185}
+LATENT, LAMBDA, BATCH, RATE = 40, 0.00035, 128, 1e-3  # the authors' settings; RATE: Adam's
+DOCUMENT = {"mse": 0.0013, "kl": 2.110, "axes": (0.08, 0.15), "js": 0.185}  # notebook; axes: slide
 RERUN = {0.1: 0.704, 0.4: 0.662, 0.7: 0.606, 1.0: 0.557}  # acceptances of the authors' sampler
 UNSEEN, FAKE = 3.0, 0.5  # gammas of two sets that are not trained on
 BLUE, RED = common.COLOURS[0], common.COLOURS[3]
@@ -77,14 +79,14 @@ class Model(NamedTuple):
 
 
 MAIN = "distances, conv"
-MODELS = {  # unit: lambda of the slides' own likelihood, of variance 1
+MODELS = {  # unit: lambda of the slides' own likelihood, of variance 1: 2 D / entries
     MAIN: Model(),
     "coordinates, dense": Model("coordinates", "dense", "coordinates"),
-    "coordinates, dense, unit": Model("coordinates", "dense", "coordinates", lam=4 / 3),
+    "coordinates, dense, unit": Model("coordinates", "dense", "coordinates", lam=4 / 3),  # 80 / 60
     "distances, dense": Model(net="dense"),
-    "distances, dense, unit": Model(net="dense", lam=4 / 45),
+    "distances, dense, unit": Model(net="dense", lam=4 / 45),  # 80 / 900
     "grid, conv": Model("grid", output="grid"),
-    "grid, conv, unit": Model("grid", output="grid", lam=0.1),
+    "grid, conv, unit": Model("grid", output="grid", lam=0.1),  # grid: D / entries = 40 / 400
     "matrix to points, dense": Model("distances", "dense", "coordinates", 256, 0.0),
     "matrix to points, conv": Model("distances", "conv", "coordinates", 256, 0.0)}
 
@@ -93,15 +95,15 @@ MODELS = {  # unit: lambda of the slides' own likelihood, of variance 1
 
 def lennard_jones(r2):
     """4 (r^-12 - r^-6) of squared distances up to the cut-off, 0 beyond."""
-    s = 1 / r2.clamp(min=CORE)
-    s = s * s * s
-    return torch.where(r2 <= CUTOFF ** 2, 4 * (s * s - s), 0.0)
+    s = 1 / r2.clamp(min=CORE)  # finite at r = 0 too: `move` multiplies that by 0
+    s = s * s * s  # r^-6
+    return torch.where(r2 <= CUTOFF ** 2, 4 * (s * s - s), 0.0)  # not shifted: jumps by 0.0055 at 3
 
 
 def fake(r2):
     """4 (r^-4 - r^-2), the document's other potential; without cut-off."""
-    s = 1 / r2.clamp(min=CORE)
-    return 4 * (s * s - s)
+    s = 1 / r2.clamp(min=CORE)  # r^-2
+    return 4 * (s * s - s)  # slide "Different potential"
 
 
 POTENTIALS = {"lennard-jones": lennard_jones, "fake": fake}
@@ -113,9 +115,9 @@ def propose(xy, u, gamma, temperature, box):
 
     xy (2, N, C), u (3, N, C) uniform, gamma () or (C,). A coordinate outside (0, L) stays.
     """
-    new = xy + STEP * (2 * u[:2] - 1)
-    new = torch.where((new > 0) & (new < box), new, xy)
-    return new, -temperature * torch.log(u[2]) - gamma * (new[1] - xy[1])
+    new = xy + STEP * (2 * u[:2] - 1)  # uniform in a square
+    new = torch.where((new > 0) & (new < box), new, xy)  # walls, no periodic images
+    return new, -temperature * torch.log(u[2]) - gamma * (new[1] - xy[1])  # u = 0: inf, accepted
 
 
 def move(xy, old, new, others, limit, pair):
@@ -123,14 +125,14 @@ def move(xy, old, new, others, limit, pair):
     others (N, 1): 0 for the particle itself, limit (C,) of propose."""
     before = ((xy - old[:, None]) ** 2).sum(0)  # (N, C), squared distances
     after = ((xy - new[:, None]) ** 2).sum(0)
-    change = ((pair(after) - pair(before)) * others).sum(0)
-    return torch.where(change < limit, new, old)
+    change = ((pair(after) - pair(before)) * others).sum(0)  # (C,), gravity is in limit
+    return torch.where(change < limit, new, old)  # (2, C), x and y together
 
 
 def energy(xy, gamma, pair):
     """U of configurations xy (2, N, C) -> (C,)"""
-    rest = (xy[:, i:i + 1] - xy[:, i + 1:] for i in range(xy.shape[1] - 1))
-    return sum(pair((r ** 2).sum(0)).sum(0) for r in rest) + gamma * xy[1].sum(0)
+    rest = (xy[:, i:i + 1] - xy[:, i + 1:] for i in range(xy.shape[1] - 1))  # (2, N-1-i, C)
+    return sum(pair((r ** 2).sum(0)).sum(0) for r in rest) + gamma * xy[1].sum(0)  # every pair once
 
 
 def metropolis(fluid, name, device="cpu", compile=False, checkpoint=None):
@@ -141,55 +143,55 @@ def metropolis(fluid, name, device="cpu", compile=False, checkpoint=None):
     """
     N, L, T, G = fluid.particles, fluid.box, fluid.temperature, len(fluid.gamma)
     pair, K = POTENTIALS[fluid.potential], min(50, fluid.sweeps)
-    shots = torch.linspace(0, fluid.sweeps, K + 1).round().long()[1:].tolist()
+    shots = torch.linspace(0, fluid.sweeps, K + 1, dtype=torch.double).round().long()[1:].tolist()
     trial, step = (common.compiled(f, compile, dynamic=False) for f in (propose, move))
     others = (1 - torch.eye(N, device=device)[..., None]).unbind(0)  # (N, 1) each
     gammas = torch.tensor(fluid.gamma, device=device).repeat_interleave(fluid.count // G)
-    chunk = CHUNK if device == "cpu" and G == 1 else fluid.count
-    done, sweep, moves, g = [], 0, 0, torch.Generator(device)
+    chunk = CHUNK if device == "cpu" and G == 1 else fluid.count  # each must hold all gammas
+    done, sweep, moves, g = [], 0, 0, torch.Generator(device)  # done: (xy, records) of chunks
     if checkpoint and checkpoint.state:
         done, sweep, xy, records = checkpoint.restore(g)
         moves = N * (len(done) * chunk * fluid.sweeps + sweep * xy.shape[2])
     bar = tqdm(total=fluid.count * fluid.sweeps * N, desc=name, unit=" moves", unit_scale=True,
                initial=moves, disable=None)
-    for gamma in gammas.split(chunk)[len(done):]:
+    for gamma in gammas.split(chunk)[len(done):]:  # (C,), of the chunks not yet done
         C = len(gamma)
-        if sweep == 0:
+        if sweep == 0:  # else a checkpoint has given xy, records and g
             g = common.generator(fluid.seed, f"{name} {len(done) * chunk}", device)
             xy, records = L * torch.rand(2, N, C, generator=g, device=device), []
-        for sweep in range(sweep + 1, fluid.sweeps + 1):
+        for sweep in range(sweep + 1, fluid.sweeps + 1):  # from 1, or on from the checkpoint
             new, limit = trial(xy, torch.rand(3, N, C, generator=g, device=device), gamma, T, L)
             for particle in zip(xy.unbind(1), new.unbind(1), others, limit.unbind(0)):
                 particle[0].copy_(step(xy, *particle, pair))  # the next one sees it moved
             bar.update(N * C)
             if sweep in shots:
-                U, accepted = energy(xy, gamma, pair), (xy == new).all(0).float().mean(0)
+                U, accepted = energy(xy, gamma, pair), (xy == new).all(0).float().mean(0)  # (C,)
                 records.append(torch.stack([U, U ** 2, accepted, xy[1].mean(0)]).cpu().double()
                                .view(4, G, -1).sum(2).tolist())  # sums of chains, (4, G)
             if checkpoint and checkpoint.due():
                 checkpoint.save((done, sweep, xy, records), g)
         done.append((xy.permute(2, 1, 0).cpu(), torch.tensor(records, dtype=torch.double)))
-        sweep = 0
+        sweep = 0  # the next chunk starts from random points again
     bar.close()
     U, square, accepted, height = (sum(part[1] for part in done) * G / fluid.count).unbind(1)
-    error = ((square - U ** 2).clamp(min=0) / max(1, fluid.count // G - 1)).sqrt()
+    error = ((square - U ** 2).clamp(min=0) / max(1, fluid.count // G - 1)).sqrt()  # (K, G)
     return {"xy": torch.cat([part[0] for part in done]), "sweep": torch.tensor(shots), "energy": U,
             "error": error, "acceptance": accepted, "height": height}
 
 
 def by_origin(xy):
     """Particles sorted by their distance from the origin. (C, N, 2) -> (C, N, 2)"""
-    return xy.gather(1, (xy ** 2).sum(-1).argsort(1)[..., None].expand_as(xy))
+    return xy.gather(1, (xy ** 2).sum(-1).argsort(1)[..., None].expand_as(xy))  # index (C, N, 2)
 
 
 def distance_matrix(xy):
     """(C, N, 2) -> (C, 1, N, N)"""
-    return (xy[:, :, None] - xy[:, None]).norm(dim=-1)[:, None]
+    return (xy[:, :, None] - xy[:, None]).norm(dim=-1)[:, None]  # (C, N, N, 2) first; cdist rounds
 
 
 def occupancy(xy):
     """1 in cells with a particle, first row: the floor. (C, N, 2) / (L sqrt 2) -> (C, 1, M, M)"""
-    cell = (xy * (CELLS * math.sqrt(2))).long().clamp(0, CELLS - 1)  # (C, N, 2)
+    cell = (xy * (CELLS * math.sqrt(2))).long().clamp(0, CELLS - 1)  # (C, N, 2); may round to CELLS
     image = torch.zeros(len(xy), CELLS ** 2, device=xy.device)
     return image.scatter_(1, CELLS * cell[..., 1] + cell[..., 0], 1.0).view(-1, 1, CELLS, CELLS)
 
@@ -201,12 +203,12 @@ def corrupt(xy, reading, box, generator, moved=4):
     """Move `moved` particles of each configuration (C, N, 2), in units of L sqrt 2, by up to 0.2:
     per coordinate as the authors' "code" does, or in a random direction as their "slide" says.
     "xy" in sigma, in the same order, also outside of the box, and which were "moved" (C, N)."""
-    u = torch.rand(xy.shape, generator=generator, device=xy.device)
-    length, angle = 0.2 * u[..., :1], 2 * math.pi * u[..., 1:]
+    u = torch.rand(xy.shape, generator=generator, device=xy.device)  # (C, N, 2)
+    length, angle = 0.2 * u[..., :1], 2 * math.pi * u[..., 1:]  # (C, N, 1) each
     slide = length * torch.cat([angle.cos(), angle.sin()], -1)
-    step = {"code": 0.4 * u - 0.2, "slide": slide}[reading]
-    order = torch.rand(xy.shape[:2], generator=generator, device=xy.device).argsort(1)
-    chosen = order < moved  # (C, N)
+    step = {"code": 0.4 * u - 0.2, "slide": slide}[reading]  # 0.2 L sqrt 2 is 2.8 sigma at L = 10
+    order = torch.rand(xy.shape[:2], generator=generator, device=xy.device).argsort(1)  # shuffled
+    chosen = order < moved  # (C, N); a row of order is a permutation: exactly `moved` are True
     return {"xy": (xy + chosen[..., None] * step) * box * math.sqrt(2), "moved": chosen}
 
 
@@ -216,9 +218,9 @@ def black_out(d, size, generator):
     C, _, N, _ = d.shape
     corner = torch.randint(N - size + 1, (C, 2, 1), generator=generator, device=d.device)
     at = torch.arange(N, device=d.device)
-    inside = (at >= corner) & (at < corner + size)  # (C, 2, N)
-    where = (inside[:, 0, :, None] & inside[:, 1, None])[:, None]
-    where = where | where.mT
+    inside = (at >= corner) & (at < corner + size)  # (C, 2, N), rows and columns
+    where = (inside[:, 0, :, None] & inside[:, 1, None])[:, None]  # (C, 1, N, N)
+    where = where | where.mT  # or the mirror image would tell what is hidden
     return {"d": d.masked_fill(where, 0.0), "where": where}
 
 
@@ -232,19 +234,19 @@ def build(model, particles, generator):
     maps, last = (50, *shape[1:]), [] if model.input == "grid" else [nn.Sigmoid()]  # grid: logits
 
     def conv(a, b):
-        return nn.Conv2d(a, b, 3, padding=1)
+        return nn.Conv2d(a, b, 3, padding=1)  # "same": rows and columns stay
     if model.net == "conv":
         encoder = [conv(1, 60), relu, conv(60, 50), relu, nn.Flatten(),
-                   nn.Linear(math.prod(maps), 2 * D)]
+                   nn.Linear(math.prod(maps), 2 * D)]  # the two heads, mu and logvar
         # with stride 1 the document's transposed convolution is a convolution, and slower
-        decoder = [nn.Linear(D, math.prod(maps)), relu, nn.Unflatten(1, maps),
-                   conv(50, 50), relu, conv(50, 60), relu, conv(60, 1), *last]
+        decoder = [nn.Linear(D, math.prod(maps)), relu, nn.Unflatten(1, maps),  # (B, 50, N, N)
+                   conv(50, 50), relu, conv(50, 60), relu, conv(60, 1), *last]  # (B, 1, N, N)
     else:
         encoder = [nn.Flatten(), nn.Linear(math.prod(shape), 512), relu, nn.Linear(512, 256), relu,
                    nn.Linear(256, 2 * D)]
     if model.net == "dense" or model.output != model.input:
         decoder = [nn.Linear(D, 256), relu, nn.Linear(256, 512), relu,
-                   nn.Linear(512, math.prod(goal)), *last, nn.Unflatten(1, goal)]
+                   nn.Linear(512, math.prod(goal)), *last, nn.Unflatten(1, goal)]  # (B, *goal)
     nets = nn.ModuleDict({"encoder": nn.Sequential(*encoder), "decoder": nn.Sequential(*decoder)})
     nets.to(generator.device, memory_format=torch.channels_last)
     for value in nets.parameters():  # Glorot's, as in Keras
@@ -259,7 +261,7 @@ def build(model, particles, generator):
 
 def kl_divergence(mu, logvar):
     """KL(N(mu, exp logvar) || N(0, 1)) in nats of each latent dimension."""
-    return 0.5 * (mu ** 2 + logvar.exp() - 1 - logvar)
+    return 0.5 * (mu ** 2 + logvar.exp() - 1 - logvar)  # (B, D); slide "Sampling in latent space"
 
 
 def objective(nets, model, x, target, progress, generator):
@@ -269,16 +271,16 @@ def objective(nets, model, x, target, progress, generator):
     (0 to 1), the weight of live cells falls from that of empty ones together to 1, and that of the
     KL rises to lambda. Without lambda no noise is added to the code.
     """
-    mu, logvar = nets["encoder"](x).chunk(2, 1)  # (B, D)
+    mu, logvar = nets["encoder"](x).chunk(2, 1)  # (B, D) each
     noise = torch.randn(mu.shape, generator=generator, device=mu.device) if model.lam else 0.0
-    x_hat = nets["decoder"](mu + noise * (logvar / 2).exp())
-    kl, lam = kl_divergence(mu, logvar).mean(), model.lam
+    x_hat = nets["decoder"](mu + noise * (logvar / 2).exp())  # z from q(z|x), sigma = e^(logvar/2)
+    kl, lam = kl_divergence(mu, logvar).mean(), model.lam  # mean over B and D; a sum on the slide
     if model.input == "grid":
-        live = (1 / x.mean() - 1) ** (1 - progress)
+        live = (1 / x.mean() - 1) ** (1 - progress)  # empty cells per live one, falling to 1
         error, lam = F.binary_cross_entropy_with_logits(x_hat, x, pos_weight=live), progress * lam
     else:
-        error = ((x_hat - target) ** 2).mean()
-    return error + lam * kl, torch.stack([error, kl]).detach()
+        error = ((x_hat - target) ** 2).mean()  # over B and entries; slide "Sampling and stuff"
+    return error + lam * kl, torch.stack([error, kl]).detach()  # slide "Wrapping up"
 
 
 # --- train ---------------------------------------------------------------------------------------
@@ -298,21 +300,21 @@ def train(name, nets, model, xy, test, epochs, generator, checkpoint=None):
     for step in bar:
         k, last = step % n, (step + 1) % n == 0
         if k == 0:
-            order = common.batches(len(xy), BATCH, generator)
-        batch = xy[order[k]]
+            order = common.batches(len(xy), BATCH, generator)  # indices, n batches
+        batch = xy[order[k]]  # (B, N, 2)
         loss, log[k] = objective(nets, model, source(batch), goal(batch), step / (epochs * n),
                                  generator)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
         due = checkpoint and checkpoint.due()
-        if (last or due) and not log[:k + 1].isfinite().all():
+        if (last or due) and not log[:k + 1].isfinite().all():  # rarely: a GPU must wait for it
             at, term = (~log[:k + 1].isfinite()).nonzero()[0].tolist()
             raise FloatingPointError(f"{name}: the term {('error', 'KL')[term]} is not finite at "
                                      f"step {step - k + at}")
         if last:
             error, kl = log.mean(0).tolist()
-            out = evaluate(nets, model, source(test), goal(test), noise=True)
+            out = evaluate(nets, model, source(test), goal(test), noise=True)  # as in training
             rows.append({"model": name, "epoch": (step + 1) // n, "error": error, "kl": kl,
                          "test error": out["error"].mean().item(),
                          "test kl": out["kl"].mean().item()})
@@ -331,10 +333,10 @@ def evaluate(nets, model, x, target=None, noise=False):
     g, found = common.generator(0, "evaluate", x.device), []
     loss = F.binary_cross_entropy_with_logits if model.input == "grid" else F.mse_loss
     for part, goal in zip(x.split(250), (x if target is None else target).split(250)):
-        mu, logvar = nets["encoder"](part).chunk(2, 1)
+        mu, logvar = nets["encoder"](part).chunk(2, 1)  # (B, D) each
         draw = torch.randn(mu.shape, generator=g, device=x.device) * (logvar / 2).exp()
         x_hat = nets["decoder"](mu + draw if noise and model.lam else mu)
-        error = loss(x_hat, goal, reduction="none").flatten(1).mean(1)
+        error = loss(x_hat, goal, reduction="none").flatten(1).mean(1)  # (B,)
         found.append((x_hat, error, mu, kl_divergence(mu, logvar)))
     return dict(zip(("x_hat", "error", "mu", "kl"), map(torch.cat, zip(*found))))
 
@@ -343,25 +345,28 @@ def contact_density(xy, box, width=0.4, bins=20, degree=3):
     """Particles per length at the wall y = 0 minus at y = L, a value per configuration (C,): that
     of a polynomial fitted to the histogram up to `width` from the wall, a weighted count."""
     edge = torch.linspace(0, width, bins + 1, dtype=torch.double)
-    powers = torch.arange(1, degree + 2)
+    powers = torch.arange(1, degree + 2)  # y^k integrates to y^(k+1) / (k+1)
     area = (edge[1:, None] ** powers - edge[:-1, None] ** powers) / powers  # of y^k in each bin
-    weight = F.pad(torch.linalg.pinv(area)[0], (0, 1))
-    low, high = (weight[(y / width * bins).long().clamp(max=bins)].sum(1)
+    weight = F.pad(torch.linalg.pinv(area)[0], (0, 1))  # (bins + 1,): fitted density at y = 0
+    low, high = (weight[(y / width * bins).long().clamp(max=bins)].sum(1)  # (C,) each
                  for y in (xy[..., 1], box - xy[..., 1]))
     return low - high
 
 
 def fluid_rows(found):
     """Figures of a sampled set after its last sweep, by gamma, and the contact theorem: acceptance
-    is a mean over the run, settled the mean energy of its second half."""
-    fluid, rows = found["parameters"], []
+    is a mean over the recorded sweeps, settled the mean energy over those of the second half, its
+    standard error as if they, hundreds of sweeps apart, were independent."""
+    fluid, rows, half = found["parameters"], [], found["energy"][len(found["energy"]) // 2:]
+    spread = half.std(0, correction=min(1, len(half) - 1)) / len(half) ** 0.5  # (G,)
     for k, xy in enumerate(found["xy"].double().chunk(len(fluid["gamma"]))):
         contact, g = fluid["temperature"] * contact_density(xy, fluid["box"]), fluid["gamma"][k]
         U, acceptance, height = (found[key][:, k] for key in ("energy", "acceptance", "height"))
-        rows.append({
+        rows.append({  # contact theorem, in equilibrium: T [rho(0) - rho(L)] = N gamma
             "gamma": g, "sweeps": int(found["sweep"][-1]), "energy": U[-1].item(),
-            "error": found["error"][-1, k].item(), "settled": U[len(U) // 2:].mean().item(),
-            "acceptance": acceptance.mean().item(), "height / L": height[-1].item() / fluid["box"],
+            "error": found["error"][-1, k].item(), "settled": half[:, k].mean().item(),
+            "settled error": spread[k].item(), "acceptance": acceptance.mean().item(),
+            "height / L": height[-1].item() / fluid["box"],
             "N gamma": fluid["particles"] * g, "contact": contact.mean().item(),
             "contact error": contact.std().item() / len(contact) ** 0.5})
     return rows
@@ -382,37 +387,37 @@ def representation_row(name, nets, model, xy, test):
 def gram_coordinates(d):
     """Points (C, N, 2) of distances d (C, N, N), and the share of the two leading eigenvalues (C,):
     1 if d are distances in a plane; then the points are exact up to a rigid motion."""
-    square = d.double() ** 2
+    square = d.double() ** 2  # (C, N, N); slide "Gram matrices"
     gram = (square[:, :, :1] + square[:, :1] - square) / 2  # g_ij = x_i . x_j, x_1 in the origin
-    values, vectors = torch.linalg.eigh(gram)  # ascending
-    points = vectors[..., -2:] * values[:, None, -2:].clamp(min=0).sqrt()
-    return points, values[:, -2:].sum(1) / values.abs().sum(1)
+    values, vectors = torch.linalg.eigh(gram)  # ascending, (C, N); (C, N, N)
+    points = vectors[..., -2:] * values[:, None, -2:].clamp(min=0).sqrt()  # X = U sqrt S
+    return points, values[:, -2:].sum(1) / values.abs().sum(1)  # of d_hat some are < 0
 
 
 def procrustes(points, goal):
     """Points (C, N, 2) shifted, turned and, if that is nearer, mirrored onto goal (C, N, 2)."""
     a, centre = points - points.mean(1, keepdim=True), goal.mean(1, keepdim=True)
-    U, _, V = torch.linalg.svd(a.mT @ (goal - centre))
-    return a @ U @ V + centre
+    U, _, Vh = torch.linalg.svd(a.mT @ (goal - centre))  # (C, 2, 2)
+    return a @ U @ Vh + centre  # U Vh turns, and mirrors where its determinant is -1
 
 
 def turbo_tumbler(points, box):
     """Let the convex hull of the points (C, N, 2) sit on its side nearest to the centre of mass:
     the side on y = 0, the points' extent centred in the box. Two points are a side if no other lies
     beyond the line through them; all pairs P are tried."""
-    (i, j), found = torch.triu_indices(points.shape[1], points.shape[1], 1), []
+    (i, j), found = torch.triu_indices(points.shape[1], points.shape[1], 1), []  # (P,) each
     for part in points.double().split(200):
         side, row = part[:, j] - part[:, i], torch.arange(len(part), device=part.device)
         along = F.normalize(side, dim=-1)  # (C, P, 2)
-        up = torch.stack([-along[..., 1], along[..., 0]], -1)
+        up = torch.stack([-along[..., 1], along[..., 0]], -1)  # (C, P, 2), turned by 90 degrees
         height = up @ part.mT - (up * part[:, i]).sum(-1, keepdim=True)  # (C, P, N)
-        sign = torch.where(height.sum(-1, keepdim=True) < 0, -1.0, 1.0)
+        sign = torch.where(height.sum(-1, keepdim=True) < 0, -1.0, 1.0)  # (C, P, 1)
         height, tiny = height * sign, 1e-9 * (part.amax(1) - part.amin(1)).amax(1)[:, None]
-        beyond = (height.amin(-1) < -tiny) | (side.norm(dim=-1) <= tiny)
-        best = height.mean(-1).masked_fill(beyond, math.inf).argmin(1)
+        beyond = (height.amin(-1) < -tiny) | (side.norm(dim=-1) <= tiny)  # (C, P); or a point twice
+        best = height.mean(-1).masked_fill(beyond, math.inf).argmin(1)  # (C,), from centre of mass
         x = (part @ along[row, best, :, None])[..., 0] * sign[row, best]  # turned, not mirrored
-        x = x + box / 2 - (x.amax(1) + x.amin(1))[:, None] / 2
-        found.append(torch.stack([x, height[row, best].clamp(min=0)], -1))
+        x = x + box / 2 - (x.amax(1) + x.amin(1))[:, None] / 2  # (C, N)
+        found.append(torch.stack([x, height[row, best].clamp(min=0)], -1))  # (C, N, 2)
     return torch.cat(found)
 
 
@@ -420,25 +425,25 @@ def jensen_shannon(a, b, bins=50):
     """Jensen-Shannon distance, 0 to sqrt(log 2) = 0.833, of two samples' histograms in common bins
     from the least to the largest value."""
     low, high = min(a.min(), b.min()).item(), max(a.max(), b.max()).item()
-    p, q = (torch.histc(x.float().cpu(), bins, low, high) / len(x) for x in (a, b))
-    p, q = p.double() / p.sum(), q.double() / q.sum()
-    m = (p + q) / 2
+    p, q = (torch.histc(x.float().cpu(), bins, low, high).double() for x in (a, b))
+    p, q = p / p.sum(), q / q.sum()
+    m = (p + q) / 2  # 0 where both are empty: p / m is NaN
     divergence = (torch.xlogy(p, p / m) + torch.xlogy(q, q / m)).nan_to_num(0.0).sum() / 2
-    return divergence.clamp(min=0).sqrt().item()
+    return divergence.clamp(min=0).sqrt().item()  # the root, as SciPy's jensenshannon
 
 
 def geometry(d_hat, test, gammas, box):
     """What reconstructed matrices d_hat (C, 1, N, N) say of the true points test (C, N, 2), both in
     units of L sqrt 2: figures; true, fitted and tumbled points; energies of true and tumbled."""
-    def pair(r2):  # without the pairs below r = 1, as in the document
+    def pair(r2):  # slide "Energy distribution": without the pairs below r = 1
         return torch.where(r2 >= 1, lennard_jones(r2), 0.0)
     scale = box * math.sqrt(2)
     d = (d_hat + d_hat.mT) / 2 * (1 - torch.eye(d_hat.shape[-1]))  # as distances are
-    xy, d = scale * test.double(), scale * d[:, 0].double()
-    exact, _ = gram_coordinates(distance_matrix(xy)[:, 0])
+    xy, d = scale * test.double(), scale * d[:, 0].double()  # sigma: (C, N, 2), (C, N, N)
+    exact, _ = gram_coordinates(distance_matrix(xy)[:, 0])  # of the true distances
     points, share = gram_coordinates(d)
     fitted, tumbled = procrustes(points, xy), turbo_tumbler(points, box)
-    U, U_hat = (energy(x.permute(2, 1, 0), gammas, pair) for x in (xy, tumbled))
+    U, U_hat = (energy(x.permute(2, 1, 0), gammas, pair) for x in (xy, tumbled))  # (C,)
     return {"js": jensen_shannon(U, U_hat), "share": share.mean().item(),
             "gram error": (procrustes(exact, xy) - xy).norm(dim=-1).max().item(),
             "procrustes rmse": (fitted - xy).square().sum(-1).mean().sqrt().item()
@@ -447,7 +452,7 @@ def geometry(d_hat, test, gammas, box):
 
 def principal_axes(mu):
     """Mean (D,), two leading axes (D, 2) and their shares of the variance (2,), of mu (C, D)."""
-    values, vectors = torch.linalg.eigh(torch.cov(mu.T.cpu().double()))  # ascending
+    values, vectors = torch.linalg.eigh(torch.cov(mu.T.cpu().double()))  # (D, D), ascending
     return mu.mean(0), vectors.flip(1)[:, :2].to(mu), values.flip(0)[:2] / values.sum()
 
 
@@ -455,9 +460,9 @@ def roc(normal, anomalous):
     """False and true positive rates over all thresholds, from high to low, and the area under their
     curve: how often an anomalous score is above a normal one, equal ones counting half."""
     a, b = normal.cpu().sort().values, anomalous.cpu().sort().values
-    at = torch.cat([a, b]).unique().flip(0)
+    at = torch.cat([a, b]).unique().flip(0)  # each score a threshold, highest first
     false, true = (torch.cat([torch.zeros(1), 1 - torch.searchsorted(x, at).double() / len(x)])
-                   for x in (a, b))
+                   for x in (a, b))  # share at or above the threshold
     return false, true, torch.trapezoid(true, false).item()
 
 
@@ -472,10 +477,10 @@ def anomaly_rows(nets, model, normal, gammas, sets):
     AUROC: against the test set, by RMSE and by RMSE + KL, each standardised by the test set's mean
     and spread; there: by RMSE, against the gamma whose mean code is nearest to that of the set.
     """
-    base, nats, rows = normal["error"].sqrt(), normal["kl"].sum(1), []
+    base, nats, rows = normal["error"].sqrt(), normal["kl"].sum(1), []  # (C,), nats sum over D
     means = mean_codes(normal["mu"], gammas)
     found = {name: evaluate(nets, model, x) for name, x in sets.items()}
-    for name, out in ({"test": normal} | found).items():
+    for name, out in ({"test": normal} | found).items():  # test first: the others need its scores
         rmse, kl = out["error"].sqrt(), out["kl"].sum(1)
         out["scores"] = rmse, (rmse - base.mean()) / base.std() + (kl - nats.mean()) / nats.std()
         out["roc"] = [roc(a, b) for a, b in zip(normal["scores"], out["scores"])]
@@ -492,9 +497,10 @@ def anomaly_rows(nets, model, normal, gammas, sets):
 def change_of_rest(before, after, moved):
     """Root mean square change of reconstructions (C, 1, N, N) where neither particle was moved
     (C, N), by that where one was."""
-    change = ((after - before[:len(after)])[:, 0] ** 2).cpu()
+    change = ((after - before[:len(after)])[:, 0] ** 2).cpu()  # (C, N, N)
     touched = (moved[:, :, None] | moved[:, None]).cpu()
-    return (change[~touched].mean() / change[touched].mean()).sqrt().item()
+    pairs = ~torch.eye(moved.shape[1], dtype=torch.bool)  # a particle is none with itself
+    return (change[~touched & pairs].mean() / change[touched & pairs].mean()).sqrt().item()
 
 
 def missing_rows(nets, model, d, mean, hidden):
@@ -505,7 +511,7 @@ def missing_rows(nets, model, d, mean, hidden):
     for size, found in hidden.items():
         black, where = found["d"].to(d.device), found["where"].to(d.device)
         restored, filled = (evaluate(nets, model, x)["x_hat"]
-                            for x in (black, torch.where(where, mean, d)))
+                            for x in (black, torch.where(where, mean, d)))  # mean (1, N, N)
         rows.append({"size": size} | {
             f"{key} {place}": (x - d)[at].square().mean().sqrt().item()
             for key, x in (("mean", mean), ("black", restored), ("filled", filled))
@@ -524,9 +530,9 @@ def texture(d):
 def probe(decoder, kl, generator, count=5):
     """Matrices (count + 1, 7, N, N) decoded along each of the `count` dimensions with the largest
     kl (D,), from -3 to 3, z = 0 in the middle, and from draws in these alone; the dimensions."""
-    top = kl.topk(count).indices
-    z = torch.zeros(count + 1, 7, len(kl), device=kl.device)
-    z[torch.arange(count), :, top] = torch.linspace(-3, 3, 7, device=kl.device)
+    top = kl.topk(count).indices  # (count,); slide "Latent space probing"
+    z = torch.zeros(count + 1, 7, len(kl), device=kl.device)  # last row: the draws
+    z[torch.arange(count), :, top] = torch.linspace(-3, 3, 7, device=kl.device)  # the rest is 0
     z[-1][:, top] = torch.randn(7, count, generator=generator, device=kl.device)
     return decoder(z.flatten(0, 1)).unflatten(0, (count + 1, 7))[:, :, 0], top.tolist()
 
@@ -661,7 +667,8 @@ def arguments(argv=None):
              f"{args.epochs} is less than --other-epochs {args.other_epochs}"),
             ("long-sweeps", args.long_sweeps < 2 * args.sweeps,
              f"{args.long_sweeps} is less than twice --sweeps {args.sweeps}"),
-            ("gammas", len(args.gammas) > 8, f"{len(args.gammas)} values, at most 8")):
+            ("gammas", len(args.gammas) > 8, f"{len(args.gammas)} values, at most 8"),
+            ("gammas", UNSEEN in args.gammas, f"{UNSEEN:g} is that of the unseen set")):
         if wrong:
             parser.error(f"argument --{flag}: {why}")
     return args
@@ -681,29 +688,30 @@ def make_sets(run, args):
             common.die(f"{run.folder}/units/{name}.pt is a set with {', '.join(wrong)}, not what "
                        "the flags ask for: delete it, or choose another --out")
 
-    def derive(name, make, **parameters):
-        add(name, {"count": C, "seed": args.seed} | parameters,
+    def derive(name, make, count=C, **parameters):
+        add(name, {"count": count, "seed": args.seed} | parameters,
             lambda _: make(common.generator(args.seed, name)))
     fluids = {f"fluid-{g:g}": ((g,), args.configurations, args.sweeps) for g in args.gammas}
     fluids |= {"unseen": ((UNSEEN,), C, args.sweeps),
-               "fake": ((FAKE,), C, 2 * args.sweeps, "fake"),
+               "fake": ((FAKE,), C, 2 * args.sweeps, "fake"),  # the authors ran it twice as long
                "long": (tuple(args.gammas), args.chains * len(args.gammas), args.long_sweeps)}
     for name, what in fluids.items():
         fluid = Fluid(*what, particles=N, box=L, temperature=args.temperature, seed=args.seed)
         cutoff = math.inf if name == "fake" else CUTOFF
         add(name, fluid._asdict() | {"step": STEP, "cutoff": cutoff},
             lambda checkpoint: metropolis(fluid, name, args.device, args.compile, checkpoint))
-    xy = torch.cat([sets[f"fluid-{g:g}"]["xy"] for g in args.gammas])
+    xy = torch.cat([sets[f"fluid-{g:g}"]["xy"] for g in args.gammas])  # (C, N, 2), by gamma
     order = torch.randperm(len(xy), generator=common.generator(args.seed, "split"))
-    n = len(xy) * 4 // 5
+    n = len(xy) * 4 // 5  # 80 % to train, as the authors
     xy, test = by_origin(xy[order] / (L * math.sqrt(2))).split([n, len(xy) - n])
     gammas = torch.tensor(args.gammas, dtype=torch.double).repeat_interleave(args.configurations)
     derive("random", lambda g: {"xy": L * torch.rand(C, N, 2, generator=g)}, particles=N, box=L)
     for reading in ("code", "slide"):
-        derive(f"corrupted-{reading}", lambda g: corrupt(test[:C], reading, L, g), reading=reading)
+        derive(f"corrupted-{reading}", lambda g: corrupt(test[:C], reading, L, g),
+               len(test[:C]), reading=reading)
     for size in SIZES:
         derive(f"blacked-out-{size}", lambda g: black_out(distance_matrix(test[:500]), size, g),
-               size=size)
+               len(test[:500]), size=size)
     return sets, xy.to(args.device), test.to(args.device), gammas[order][n:]
 
 
@@ -719,7 +727,7 @@ def train_all(run, args, xy, test):
         epochs = args.epochs if name == MAIN else longer * args.other_epochs
         result = run.unit(name.replace(", ", "-").replace(" ", "-"), lambda checkpoint: {
             "rows": train(name, nets, model, xy, test[:2000], epochs, g, checkpoint),
-            "state": nets.state_dict()})
+            "state": nets.state_dict()})  # after "rows" has trained them
         nets.load_state_dict(result["state"])
         trained[name] = nets.requires_grad_(False), model
         history += [row | {"latent": model.latent, "lambda": model.lam} for row in result["rows"]]
@@ -801,14 +809,15 @@ def fluid_claims(results, faithful):
     """Have the sets settled, and is the sampler the authors' (for their settings alone)?"""
     table, rows = [], results["fluid"]
     for row, end in zip(rows, results["long"]):
-        drift, error = row["energy"] - end["settled"], math.hypot(row["error"], end["error"])
-        miss = row["contact"] - row["N gamma"]
+        drift, miss = row["energy"] - end["settled"], row["contact"] - row["N gamma"]
+        error = math.hypot(row["error"], end["settled error"])
         table.append((
             f"γ = {row['gamma']:g}: settled after {row['sweeps']:,} sweeps (drift and contact "
             "theorem within 3 standard errors)", "assumed",
-            f"U {row['energy']:.2f} ± {row['error']:.2f}, after {end['sweeps']:,} "
-            f"{end['settled']:.2f}; contact {row['contact']:.2f} ± {row['contact error']:.2f} of "
-            f"{row['N gamma']:g}", abs(drift) < 3 * error and abs(miss) < 3 * row["contact error"]))
+            f"U {row['energy']:.2f} ± {row['error']:.2f}, from {end['sweeps'] // 2:,} on "
+            f"{end['settled']:.2f} ± {end['settled error']:.2f}; contact {row['contact']:.2f} ± "
+            f"{row['contact error']:.2f} of {row['N gamma']:g}",
+            abs(drift) < 3 * error and abs(miss) < 3 * row["contact error"]))
     pairs = [(RERUN[row["gamma"]], row["acceptance"]) for row in rows if row["gamma"] in RERUN]
     if faithful and pairs:
         table.append(("acceptance as of the authors' sampler (within 0.01)",
@@ -834,7 +843,7 @@ def study(run, args, sets, trained, history, xy, test, gammas):
                f"Energies: Jensen–Shannon distance {shape['js']:.3f}")
     *plane, shares = principal_axes(normal["mu"])
     means, axis = mean_codes(normal["mu"], gammas), dict(xlabel="first axis", ylabel="second axis")
-    across = principal_axes(means)[:2] if len(means) > 2 else plane
+    across = principal_axes(means)[:2] if len(means) > 2 else plane  # two lie on a line
     run.figure(common.plot_lines({
         f"principal axes ({shares[0]:.1%}, {shares[1]:.1%})": (
             scatter(normal["mu"], gammas, *plane), axis),
@@ -855,7 +864,7 @@ def study(run, args, sets, trained, history, xy, test, gammas):
     run.figure(common.plot_sheet(sheet[:, :, None].cpu(), 1.2, 1, names, cmap="viridis"),
                "probe", "The five dimensions of largest KL, z = 0 in the middle; draws: r / (L√2), "
                "0 (dark) to 1")
-    matrices = {"zero": sheet[:1, 3:4], "mean": mean[None], "real": d[:200],
+    matrices = {"zero": sheet[:1, 3:4], "mean": mean[None], "real": d[:200],  # 3 of 7: z = 0
                 "reconstructed": normal["x_hat"][:200]}
     return {"fluid": fluid, "long": long,
             "training": [row for row in history if row["model"] == MAIN],

@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+import torch
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -43,7 +44,8 @@ def killed_and_continued():
     def check(script, part):
         code = f"import common; common.Checkpoint.every = 0; import {script}; {script}.main()"
         command = [sys.executable, "-c", code, "--preset", "smoke", "--out", "run"]
-        environment = dict(os.environ, PYTHONPATH=str(ROOT))
+        threads = str(torch.get_num_threads())  # other numbers of threads round differently
+        environment = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS=threads)
         process = subprocess.Popen(
             command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )

@@ -105,6 +105,28 @@ def test_extended_energy_is_conserved_to_second_order(changes):
     assert coarse < 0.02 * 20 * SETTING.temperature
 
 
+@pytest.mark.parametrize("fourth, least, most", [(False, 3.5, 4.5), (True, 14, 18)])
+def test_the_chain_alone_is_of_second_or_with_suzuki_and_yoshida_of_fourth_order(
+    fourth, least, most
+):
+    """Particles that exchange energy with the chain and nothing else, from twice their T."""
+    assert sum(eae.SUZUKI_YOSHIDA) == pytest.approx(1, abs=1e-14)
+    assert sum(w**3 for w in eae.SUZUKI_YOSHIDA) == pytest.approx(0, abs=1e-14)
+
+    def error(step):
+        setting = SETTING._replace(step=step, tau=1 / step, chain=5, suzuki_yoshida=fourth)
+        sampler = eae.Sampler(Particles(torch.zeros(20)), setting, generator())
+        sampler.counting, T, zero = True, SETTING.temperature, torch.zeros(())
+        sampler.kinetic = sampler.kinetic * 0 + 20 * T
+        before, worst = sampler.energy(zero, T), 0.0
+        for _ in range(round(4 / step)):
+            sampler.half_chain(T)
+            worst = max(worst, (sampler.energy(zero, T) - before).abs().item())
+        return worst
+
+    assert least < error(0.1) / error(0.05) < most
+
+
 def test_a_run_turned_round_comes_back():
     for changes in ({"chain": 1}, {"chain": 6}, {"chain": 3, "suzuki_yoshida": True}):
         particles = Particles(torch.linspace(-1, 1, 9))
@@ -756,6 +778,17 @@ def test_smoke(experiment):
         assert len(result["samples"]) == 12
         again = eae.main(["--preset", "smoke", "--out", "run"])
         assert again["results"] == found["results"]  # from the finished units, bit for bit
+
+
+def test_growth_compares_means_of_twentieths():
+    variance = torch.ones(100, 3)
+    variance[45:50], variance[95:], variance[44], variance[94] = 2.0, 3.0, 99.0, 99.0
+    out = {"loss": torch.ones(100), "kinetic": torch.ones(100), "variance": variance}
+    sampler = eae.Sampler(Particles(torch.zeros(3)), SETTING, generator())
+    row = eae.thermostat_row("x", out, sampler, SETTING, None, 2.0)
+    assert row["growth"] == pytest.approx(1.5) and row["steps per second"] == 50
+    out["variance"] = variance[:1]
+    assert eae.thermostat_row("x", out, sampler, SETTING, None, 2.0)["growth"] == 1
 
 
 def test_flags_win_over_the_preset_and_that_over_the_experiment():

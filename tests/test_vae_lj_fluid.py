@@ -5,6 +5,7 @@ import math
 import os
 import pathlib
 import shutil
+import statistics
 import subprocess
 
 import pytest
@@ -235,6 +236,8 @@ def test_chains_of_several_gammas_are_recorded_apart():
     assert rows[1]["N gamma"] == 100
     half = found["energy"][25:].mean(0)  # of 50 records
     assert [row["settled"] for row in rows] == pytest.approx(half.tolist())
+    error = [statistics.stdev(U) / 5 for U in found["energy"][25:].T.tolist()]
+    assert [row["settled error"] for row in rows] == pytest.approx(error)
     assert rows[0]["acceptance"] == found["acceptance"][:, 0].mean().item()
 
 
@@ -520,6 +523,7 @@ def test_change_of_the_rest_and_texture():
     moved[0, 2] = True
     before, after = torch.zeros(1, 1, 5, 5), torch.ones(1, 1, 5, 5)
     after[0, 0, 2] = after[0, 0, :, 2] = 4.0
+    after[0, 0].fill_diagonal_(9.0)  # a particle is no pair with itself
     assert lj.change_of_rest(before, after, moved) == pytest.approx(1 / 4)
     stripes = torch.arange(6.0).expand(1, 1, 6, 6) * 0.5
     assert lj.texture(stripes) == pytest.approx(0.5)
@@ -692,6 +696,8 @@ def test_smoke_measures_the_sets_that_it_saved(smoke):
         rmse = out["error"].sqrt().mean().item()
         assert rows[name]["rmse"]["mean"] == pytest.approx(rmse, rel=1e-4)
     assert (sets["random"] > 9).any() and sets["random"].max() < 10
+    for name in ("corrupted-code", "blacked-out-6"):  # all of the 40 test configurations
+        assert unit(folder, name)["parameters"]["count"] == 40
     hidden = unit(folder, "blacked-out-6")
     d = lj.distance_matrix(test / SCALE)
     assert torch.allclose(hidden["d"][~hidden["where"]], d[~hidden["where"]], atol=1e-6)
@@ -757,7 +763,7 @@ def flawless(smoke):
     for row, end in zip(results["fluid"], results["long"]):
         row |= {"energy": -10.0, "error": 0.3, "contact error": 1.0, "contact": row["N gamma"]}
         row["acceptance"] = lj.RERUN[row["gamma"]]
-        end |= {"settled": -10.0, "error": 0.4}
+        end |= {"settled": -10.0, "settled error": 0.4, "error": 9.0}  # the latter plays no part
     for path, good, _ in GOOD.values():
         put(results, path, good)
     return results
@@ -798,7 +804,7 @@ def test_a_set_with_other_parameters_is_refused(smoke, refused, capsys):
 
 @pytest.mark.parametrize("argv", [
     ["--gammas", "0.5", "--particles", "16", "--latents", "40", "--lambdas", "0"],
-    ["--gammas", *"01234567", "--epochs", "1", "--temperature", "0.01", "--box", "30"],
+    ["--gammas", *"01245678", "--epochs", "1", "--temperature", "0.01", "--box", "30"],
 ])  # fmt: skip
 def test_unusual_flags_work(argv):
     few = "--configurations 25 --sweeps 3 --long-sweeps 6 --chains 2 --anomalies 20".split()
@@ -837,6 +843,7 @@ def test_kill_and_continue_equals_an_undisturbed_run(part, smoke, killed_and_con
         ["--latents", "1"],
         ["--lambdas", "-1"],
         ["--long-sweeps", "4999"],
+        ["--gammas", "1", "3"],
         ["--gammas", *"123456789"],
     ],
 )
