@@ -16,6 +16,7 @@ import pathlib
 import platform
 import shutil
 import sys
+import sysconfig
 import time
 
 import torch
@@ -126,15 +127,19 @@ def batches(n, size, generator):
 
 def compiled(function, wanted, **options):
     """torch.compile(function) where it is wanted and a C++ compiler is there, else function."""
-    possible = wanted and has_compiler(os.environ.get("CXX", "g++"))
+    possible = wanted and can_compile(os.environ.get("CXX", "g++"))
     return torch.compile(function, **options) if possible else function
 
 
 @functools.cache  # one note is enough
-def has_compiler(name):
-    if not shutil.which(name):
-        note(f"note: --compile needs a C++ compiler ({name}), none found: running without it")
-    return bool(shutil.which(name))
+def can_compile(name):
+    header = pathlib.Path(sysconfig.get_path("include"), "Python.h")
+    missing = [str(what) for what, there in ((name, shutil.which(name)), (header, header.exists()))
+               if not there]
+    if missing:
+        note(f"note: --compile needs a C++ compiler and Python's headers, there is no "
+             f"{' and no '.join(missing)}: running without it")
+    return not missing
 
 
 @functools.cache
@@ -176,14 +181,19 @@ def save(path, value):
 def load(path, device):
     """What `save` wrote; None where there is no file. A damaged one is set aside and is none."""
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        data = io.BytesIO(path.read_bytes())
     except FileNotFoundError:
         return None
-    except PermissionError as error:
+    except OSError as error:
         die(f"cannot read {path}: {error.strerror}")
+    try:
+        return torch.load(data, map_location=device, weights_only=True)
+    except (MemoryError, torch.cuda.OutOfMemoryError):
+        die(f"cannot load {path}: out of memory", status=1)
     except Exception:  # torch.load raises half a dozen kinds on a damaged file
         aside = path.with_name(path.name + ".broken")
-        os.replace(path, aside)
+        with contextlib.suppress(OSError):  # in a read-only folder it stays
+            os.replace(path, aside)
         note(f"note: {path} is damaged; set aside as {aside.name}, computing it again")
         return None
 
@@ -230,8 +240,11 @@ class Run:
     def __init__(self, script, args, label, additive=()):
         self.script, self.label = pathlib.Path(script).stem, f"{label}, preset {args.preset}"
         self.device, self.seconds, self.start, self.figures = args.device, {}, time.time(), set()
-        self.config = {k: v for k, v in vars(args).items() if k not in ("out", "data", "fresh")}
-        self.source = hashlib.sha256(pathlib.Path(script).read_bytes()).hexdigest()[:12]
+        self.config = {"script": self.script} | {
+            key: value for key, value in vars(args).items() if key not in ("out", "data", "fresh")}
+        text = b"".join(pathlib.Path(file).read_bytes() for file in (script, __file__))
+        self.source = hashlib.sha256(text).hexdigest()[:12]
+        self.sources = {self.source}  # of the units, too: an earlier version may have made some
         self.folder = pathlib.Path(args.out or f"out/{self.script}-{args.preset}")
         try:
             self.open(args.fresh, additive)
@@ -239,32 +252,36 @@ class Run:
             die(f"cannot use the run folder {self.folder}: {error.strerror}")
 
     def open(self, fresh, additive):
-        config = self.folder / "config.json"
-        if self.folder.is_dir() and any(self.folder.iterdir()) and not config.exists():
-            die(f"{self.folder} is not empty and holds no run: choose another --out")
-        if fresh and config.exists():
-            shutil.rmtree(self.folder / "units", ignore_errors=True)
-            for pattern in ("fig_*.png", "results.json", "metrics.csv", "config.json"):
-                for path in self.folder.glob(pattern):
-                    path.unlink()
+        config, units = self.folder / "config.json", self.folder / "units"
         if config.exists():
             try:
                 old = json.loads(config.read_text())
                 old_config, old_source = old["config"], old["source"]
             except (ValueError, KeyError, TypeError):
-                die(f"{config} is damaged: choose another --out, or --fresh to start over")
+                die(f"{config} is damaged, or not of a run: choose another --out")
+        elif self.folder.is_dir() and any(p.suffix != ".tmp" for p in self.folder.iterdir()):
+            die(f"{self.folder} is not empty and holds no run: choose another --out")
+        if fresh and config.exists():  # which stays until the last: a kill leaves a run
+            if units.exists():
+                shutil.rmtree(units)
+            for pattern in ("fig_*.png", "results.json", "metrics.csv"):
+                for path in self.folder.glob(pattern):
+                    path.unlink()
+        elif config.exists():
             told = [f"--{key.replace('_', '-')} {old_config.get(key)}" for key in self.config
                     if key not in additive and old_config.get(key) != self.config[key]]
             if told:
                 die(f"{self.folder} holds a run with {', '.join(told)}: choose another --out, "
                     "or --fresh to start over")
             if old_source != self.source:
-                note(f"note: {self.script}.py has changed since this run began")
-        (self.folder / "units").mkdir(parents=True, exist_ok=True)
+                note(f"note: {self.script}.py or common.py has changed since this run began")
+        self.folder.mkdir(parents=True, exist_ok=True)
         for leftover in self.folder.rglob(".*.tmp"):  # of a command killed inside `write`
-            leftover.unlink()
-        if not config.exists():
+            if time.time() - leftover.stat().st_mtime > 60:  # else of one that is at work
+                leftover.unlink()
+        if fresh or not config.exists():
             write(config, json.dumps({"config": self.config, "source": self.source}, indent=1))
+        units.mkdir(exist_ok=True)
 
     def __enter__(self):
         self.precision, self.random = torch.get_float32_matmul_precision(), torch.get_rng_state()
@@ -290,12 +307,13 @@ class Run:
             result = compute(checkpoint)
             if self.device == "cuda":
                 torch.cuda.synchronize()  # kernels run on after their call: wait, then read clocks
-            done = {"result": result, "seconds": checkpoint.seconds()}
+            done = {"result": result, "seconds": checkpoint.seconds(), "source": self.source}
             save(path, done)
             checkpoint.path.unlink(missing_ok=True)
         else:
             print(f"reused {name}")
         self.seconds[name] = done["seconds"]
+        self.sources.add(done.get("source", "unknown"))
         return done["result"]
 
     def figure(self, fig, name, title):
@@ -318,7 +336,7 @@ class Run:
         units = sum(self.seconds.values())
         report = {
             "script": self.script, "label": self.label, "config": self.config,
-            "source": self.source, "results": results,
+            "sources": sorted(self.sources), "results": results,
             "device": torch.cuda.get_device_name() if cuda else f"{self.device}, {threads} threads",
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
             "claims": [dict(zip(("claim", "document", "here", "holds"), row)) for row in claims],

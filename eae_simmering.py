@@ -2,7 +2,7 @@
 
 Reproduces "Entropic Auto-Encoding via Implicit Free-Energy Minimization". The reconstruction loss
 U is the only objective. Under a fixed decoder phi the encoder's weights theta are particles in the
-potential U, held at the temperature T by a Nose-Hoover chain (Simmering), so that they sample
+potential U, held at the temperature T by a Nose-Hoover chain (Simmering); in time they sample
 
     p(theta) = exp(-U(theta, phi) / T) / Z(phi),                              Eqs. (1), (8)
 
@@ -22,11 +22,12 @@ steps: SETTINGS, HOT):
 * MNIST and Frey nets are 784-256-256-64 (560-...) and back with ReLU, U is the mean binary cross-
   entropy of a pixel; of CelebA it is the squared error, its kernels are 3x3, but 4x4 under a stride
   of 4, without ReLU at the end, under which pixels die.
-* Velocities are drawn anew every 20 steps, as the document does every 5 for the waves: nothing else
-  bounds the scale of a ReLU encoder. quick has many updates of few samples each, `paper` the
-  document's few of thousands. The rate of VAE and AE falls to 0 in the last half.
-* Appendix A.4, which is lost: M encoders are kept, one every 20 steps under the trained decoder.
-  The code of an image is its mean over them, its reconstruction that of the mean code. To generate,
+* Velocities are drawn anew every 20 steps, as the document does every 5 for the waves: it slows the
+  drift along the free scale directions of a ReLU encoder, which nothing bounds. quick has many
+  updates of few samples each, `paper` the document's few of thousands. VAE's and AE's rate falls.
+* Appendix A.4, which is lost: M encoders are kept, one every `stride` steps (20; waves: 1) under
+  the trained decoder: they diffuse around the trained encoder and are far from independent. The
+  code of an image is its mean over them, its reconstruction that of the mean code. To generate,
   up to 10,000 training images are encoded by one of them each, Eq. (2), 20 Gaussians are fitted to
   the k-means clusters of these codes, and draws from them are decoded ("mixture"); or one Gaussian.
 * Active units have a variance above 0.01 over images and encoders, by the encoders' motion, too.
@@ -81,7 +82,7 @@ COSTS = {  # where they differ from the defaults
     "smoke": {"mnist": TINY, "frey": TINY, "temperature": TINY,
               "celeba": TINY | dict(batch=8, size=100),
               "reaction-diffusion": TINY | dict(members=20, size=1000)},
-    "quick": {"mnist": dict(vae=16_000), "frey": dict(batch=256, vae=12_000, ae=6000),
+    "quick": {"mnist": dict(vae=16_000), "frey": dict(batch=256, vae=12_000, ae=12_000),
               "celeba": dict(updates=640, samples=5, batch=32, members=20, size=10_000),
               "temperature": dict(updates=360, members=20), "reaction-diffusion": WAVES},
     "paper": {"mnist": dict(updates=250, samples=3126, batch=32, vae=109_410, ae=218_820),
@@ -91,7 +92,7 @@ COSTS = {  # where they differ from the defaults
               "temperature": dict(updates=900), "reaction-diffusion": WAVES}}
 Codes = namedtuple("Codes", "mean draw variance")  # of codes_of
 KINDS = ("EAE", "VAE", "AE")
-LATENT, ACTIVE = 64, 0.01  # units of the images' nets; variance of an active one
+LATENT, ACTIVE = 64, 0.01  # units of MNIST's and Frey's nets; variance of an active one
 CHECK, HOT = 20, 1e-4      # steps between looks at losses and checkpoint; celeba's high T
 SWEEP = {"EAE": (0, 1e-9, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3), "VAE": (0.01, 0.1, 0.3, 1, 3, 10)}
 SUZUKI_YOSHIDA = (*[0.414490771794376] * 2, -0.657963087177503, *[0.414490771794376] * 2)
@@ -344,8 +345,8 @@ class Sampler:
         # velocities of the chain's odd and of its even members; even[0] stands for the particles,
         # and behind the last member, odd or even, there is a wall that never moves
         self.odd = torch.zeros(half + 1, dtype=torch.double, device=self.theta.device)
-        self.even, self.weight, self.moves = self.odd.clone(), self.odd[1:] + 1, self.odd[1:] + 1
-        self.weight[0], self.moves[-1] = self.N, 1 - s.chain % 2  # Q_1 / Q_k; a wall if odd
+        self.even, self.inertia, self.moves = self.odd.clone(), self.odd[1:] + 1, self.odd[1:] + 1
+        self.inertia[0], self.moves[-1] = self.N, 1 - s.chain % 2  # Q_1 / Q_k; a wall if odd
         self.views = self.odd[:-1], self.even[:-1], self.even[1:], self.even[0]  # see half_chain
         parts = SUZUKI_YOSHIDA if s.suzuki_yoshida else (1.0,)
         self.parts = [part / s.substeps for part in parts] * s.substeps  # of dt / 2
@@ -363,7 +364,7 @@ class Sampler:
         self.kinetic = self.v.dot(self.v).to(self.heat) * (self.m / 2)
         if self.method == "nose-hoover":
             wide = math.sqrt(self.rate)  # of the first one: Q_1 is N times as large
-            self.odd[:-1].normal_(generator=self.generator).mul_(wide / self.weight.sqrt())
+            self.odd[:-1].normal_(generator=self.generator).mul_(wide / self.inertia.sqrt())
             self.even[1:].normal_(generator=self.generator).mul_(wide * self.moves)  # wall: 0
         self.heat += before - self.energy(self.zero, T)
 
@@ -391,11 +392,11 @@ class Sampler:
             move_odd(h / 2)
             decay = (odd * (-h / 2)).exp_()
             even.mul_(decay)  # even[0], too: v_1 slows or speeds up the particles
-            right.add_((inner * inner * self.weight).sub_(rate).mul_(self.moves), alpha=h)
+            right.add_((inner * inner * self.inertia).sub_(rate).mul_(self.moves), alpha=h)
             even.mul_(decay)
             right.clamp_(-most, most)
             if self.counting:
-                self.heat.add_(inner.dot(self.weight), alpha=h * T)  # N T v_1, T v_3, ...
+                self.heat.add_(inner.dot(self.inertia), alpha=h * T)  # N T v_1, T v_3, ...
             move_odd(h / 2)
         scale = particles / before  # one factor for all N weights
         self.kinetic = self.kinetic * scale * scale
@@ -443,7 +444,7 @@ class Sampler:
 
     def energy(self, U, T):
         """The extended energy, which an exact integrator conserves at constant T if `counting`."""
-        chain = (self.odd[:-1] ** 2 * self.weight).sum() + (self.even[1:] ** 2).sum()
+        chain = (self.odd[:-1] ** 2 * self.inertia).sum() + (self.even[1:] ** 2).sum()
         return U.to(self.heat) + self.kinetic + self.heat + chain * (T / self.rate / 2)  # Q v^2 / 2
 
     def state_dict(self):
@@ -787,7 +788,7 @@ def plot_histograms(codes, labels, units):
 
 def plot_thermostat(outs):
     """By decoder update of {name: "out" of a model}: loss (Fig. 3a), temperature, latents."""
-    charts = {"loss, mean ± std of the K encoders": [], "kinetic temperature / T": [],
+    charts = {"loss, mean ± std of K steps, a batch each": [], "kinetic temperature / T": [],
               "variance of the latents, mean of units": []}
     for name, out in [(name, out) for name, out in outs.items() if "kinetic" in out]:  # EAEs
         U, T = (out[key].view(len(out["variance"]), -1).numpy() for key in ("loss", "kinetic"))
@@ -828,7 +829,7 @@ def plot_sweep(rows):
 
 
 def plot_dynamics(runs):
-    """Fig. 1d-f: rotation coefficients of all runs, limit cycles of the first one of each sense.
+    """Fig. 1d-f: rotation coefficients of all runs, orbits of the first one of each sense.
     runs: [{"Xi" (M, 11, 2), "codes" (frames, 2), "path" (steps, 2), "omega" (R,)}]"""
     dots = [(f"run {k + 1}, {name}", found["Xi"][:, j, 0], found["Xi"][:, j - 1, 1],
              dict(color=common.COLOURS[k % 8], marker=mark, ls="", ms=4, alpha=0.3))
@@ -878,13 +879,15 @@ def arguments(argv=None):
         add(f"--{name.replace('_', '-')}", type=number(type(default), least), help=text)
     add("--sampler", choices=("nose-hoover", "langevin"), help="thermostat")
     add("--suzuki-yoshida", action="store_true", default=None,
-        help="Suzuki and Yoshida's five parts to each substep: fourth order")
+        help="Suzuki and Yoshida's five parts of each substep: a chain of fourth order")
     args = parser.parse(argv)
     for flag in ("temperature", "final_temperature"):
         if args.experiment == "temperature" and getattr(args, flag) is not None:
             parser.error(f"argument --{flag.replace('_', '-')}: the sweep has its own temperatures")
     if args.temperature == 0 and args.final_temperature:
         parser.error("argument --final-temperature: not with --temperature 0")
+    if args.experiment in ("celeba", "all") and (args.temperature or 0) >= HOT:
+        parser.error(f"argument --temperature: of celeba the low one, below {HOT:g}")
     if args.device == "mps":
         parser.error("argument --device: mps has no double precision, which thermostats need")
     return args
@@ -1037,14 +1040,17 @@ def study_celeba(run, args, name, data):
             U = reconstruction_loss(nets, x[torch.arange(min(256, len(x)), device=x.device)])
             return torch.cat([codes(x_test).flatten(), U[None]])  # (n * 256 + 1,)
 
-        model = simmer(run, args, f"{name}-{title.replace(' ', '-')}", nets,
-                       lambda index: reconstruction_loss(nets, x[index]), codes, setting, g, take)
+        unit = f"{name}-{len(x)}-{title.replace(' ', '-')}"  # of a folder with more faces: another
+        model = simmer(run, args, unit, nets, lambda index: reconstruction_loss(nets, x[index]),
+                       codes, setting, g, take)
         z, U = model["ensemble"][:, :-1].mean(0).view(len(faces), -1), model["ensemble"][:, -1]
         x_hat = torch.cat([reconstruct(nets, part) for part in z.split(100)])
-        label = f"{title} = {setting.temperature:g}"
+        label = f"{title} = {schedule(setting, 1):g}"
         sheet[label], models[f"{name} {label}"] = x_hat[:12], model
         a, b = x_hat.flatten(1), faces.flatten(1)  # distinct: variance between faces, by the real
+        mean = sum(part.double().sum(0) for part in x.split(1000)).float() / (255 * len(x))
         found[title] = {"mse": ((a - b) ** 2).mean().item(), "loss std": U.std().item(),
+                        "mse of mean": ((faces - mean) ** 2).mean().item(),
                         "distinct": (a.var(0).mean() / b.var(0).mean()).item()}
     common.print_rows(f"{name}: faces", [{"": title} | row for title, row in found.items()])
     run.figure(plot_sheet(sheet, width=0.9), "3_faces",
@@ -1168,10 +1174,10 @@ def digit_claims(rows, samples):
     between, drawn = ({kind: frechet[f"{kind}, {way}"] for kind in KINDS}
                       for way in ("between", "mixture"))
     for claim, said, values, form, best in (
-            ("EAE's latents separate digits best (linear probe)", "yes", probe, ".1%", max),
+            ("EAE's latents separate digits best (linear probe)", "suggested", probe, ".1%", max),
             ("EAE's latents have the highest variance (encoders' motion included)", "yes",
              variance, ".3g", max),
-            ("EAE interpolates between images best (Fréchet)", "yes", between, ".1f", min),
+            ("EAE interpolates between images best (Fréchet)", "suggested", between, ".1f", min),
             ("EAE generates best (Fréchet, 20 Gaussians fitted to the codes)", "suggested", drawn,
              ".1f", min)):
         here = "; ".join(f"{kind} {value:{form}}" for kind, value in values.items())
@@ -1185,8 +1191,10 @@ def face_claims(found):
     return [
         ("celeba: low T has at most half the test MSE of high T", "clearly lower",
          f"{cold['mse']:.4f}; {hot['mse']:.4f}", cold["mse"] <= hot["mse"] / 2),
-        ("celeba: high T makes one generic face (at most 25 % of the variance between faces)",
-         "all-human face", f"{hot['distinct']:.1%}", hot["distinct"] <= 0.25),
+        ("celeba: high T makes one generic face (25 % of the variance between faces, 110 % of the "
+         "mean face's MSE at most)", "all-human face",
+         f"{hot['distinct']:.1%}; {hot['mse']:.4f}, mean face {hot['mse of mean']:.4f}",
+         hot["distinct"] <= 0.25 and hot["mse"] <= 1.1 * hot["mse of mean"]),
         ("celeba: low T makes individuals (at least half of that variance)", "individual",
          f"{cold['distinct']:.1%}", cold["distinct"] >= 0.5),
         ("celeba: the loss band is wider at high T (std over the kept encoders, one batch)", "yes",
@@ -1227,9 +1235,11 @@ def sweep_claims(rows, mean_image):
     better = sum(any(e["mse"] <= v["mse"] and all(e[key] >= v[key] for key in ("active", "probe"))
                      for e in warm) for v in vae)
     return [
-        ("temperature: excessively high T gives uninformative codes (MSE of the mean image ± 10 %)",
+        ("temperature: excessively high T: blank reconstructions (the mean image's MSE ± 10 %)",
          "yes", f"T = {hot['value']:g}: {hot['mse']:.4f}, mean image {mean_image:.4f}",
          abs(hot["mse"] / mean_image - 1) <= 0.1),
+        ("temperature: excessively high T: uninformative codes (probe at most 20 %)", "yes",
+         f"T = {hot['value']:g}: {hot['probe']:.1%}", hot["probe"] <= 0.2),
         ("temperature: at the test MSE of the VAE (beta 1), more active units", "yes",
          f"{best}; VAE {usual['active']}", best > usual["active"]),
         ("temperature: for every beta an EAE that is no worse in MSE, units and probe", "-",
@@ -1263,6 +1273,10 @@ def main(argv=None):
             run.figure(plot_thermostat(outs), f"{name}_thermostat", f"{name}: training of the EAEs")
             common.print_rows(f"{name}: thermostat", thermostats)
             results[name], claims = found | {"thermostat": thermostats}, claims + rows
+            held = [row["kinetic"] for row in thermostats if row["T"]]
+            worst = max(held, key=lambda kinetic: abs(kinetic - 1), default=1.0)
+            claims += [(f"{name}: thermostats hold T (kinetic temperature within 5 %)", "assumed",
+                        f"{worst:.2f} T, worst of {len(held)}", abs(worst - 1) <= 0.05)]
             metrics += [{"run": key, "step": step} | {
                 term: out[term][step - 1].item() for term in ("loss", "kinetic") if term in out}
                 for key, out in outs.items() for step in range(20, len(out["loss"]) + 1, 20)]

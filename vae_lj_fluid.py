@@ -20,13 +20,13 @@ A run leaves figures, results.json, metrics.csv, nets and sets of data (units/*.
 out/vae_lj_fluid-<preset>; it has not been timed on a GPU. Sampler and main VAE have the settings of
 the authors' code, which is also where the document's MSE, KL and Jensen-Shannon distance are from.
 Quick: half of the configurations, a quarter of the main VAE's steps. We chose:
-* A coordinate that would leave the box is dropped alone, the cut-off is not shifted, and below
-  r^2 = 0.001 the energy is constant, so that random starts are finite.
+* Below r^2 = 0.001 the energy is constant, so that random starts are finite.
+* Of the other nets: the widths of dense ones, the grid and its schedule, 256 numbers to points.
 * Test errors are those of the mean code; while training goes on, and in the sweeps, of a drawn one.
 * "fails": test error above half of that of the trivial predictor, the mean of the training set (a
   grid's: above 90 % of it). "unit": with lambda of the slides' likelihood N(mu(z), 1), which is
-  2 D / entries for N = 30 (grid: D / entries). All nets but the main one train --other-epochs only,
-  dense ones ten times as many.
+  2 D / entries (grid: D / entries; all for N = 30). All nets but the main one train --other-epochs
+  only, dense ones ten times as many.
 """
 import math
 from typing import NamedTuple
@@ -238,7 +238,7 @@ def build(model, particles, generator):
     if model.net == "conv":
         encoder = [conv(1, 60), relu, conv(60, 50), relu, nn.Flatten(),
                    nn.Linear(math.prod(maps), 2 * D)]  # the two heads, mu and logvar
-        # with stride 1 the document's transposed convolution is a convolution, and slower
+        # with stride 1 the authors' transposed convolution is a convolution, and slower
         decoder = [nn.Linear(D, math.prod(maps)), relu, nn.Unflatten(1, maps),  # (B, 50, N, N)
                    conv(50, 50), relu, conv(50, 60), relu, conv(60, 1), *last]  # (B, 1, N, N)
     else:
@@ -356,17 +356,19 @@ def contact_density(xy, box, width=0.4, bins=20, degree=3):
 def fluid_rows(found):
     """Figures of a sampled set after its last sweep, by gamma, and the contact theorem: acceptance
     is a mean over the recorded sweeps, settled the mean energy over those of the second half, its
-    standard error as if they, hundreds of sweeps apart, were independent."""
+    standard error as if they were independent (500 sweeps apart: up to 1.5 times too small)."""
     fluid, rows, half = found["parameters"], [], found["energy"][len(found["energy"]) // 2:]
     spread = half.std(0, correction=min(1, len(half) - 1)) / len(half) ** 0.5  # (G,)
     for k, xy in enumerate(found["xy"].double().chunk(len(fluid["gamma"]))):
-        contact, g = fluid["temperature"] * contact_density(xy, fluid["box"]), fluid["gamma"][k]
+        T, L, g = fluid["temperature"], fluid["box"], fluid["gamma"][k]
+        near = min(0.4, 1.6 * L * T / max(fluid["particles"] * g, 1e-9))  # steep walls: fit less
+        contact = T * contact_density(xy, L, near)
         U, acceptance, height = (found[key][:, k] for key in ("energy", "acceptance", "height"))
         rows.append({  # contact theorem, in equilibrium: T [rho(0) - rho(L)] = N gamma
             "gamma": g, "sweeps": int(found["sweep"][-1]), "energy": U[-1].item(),
             "error": found["error"][-1, k].item(), "settled": half[:, k].mean().item(),
             "settled error": spread[k].item(), "acceptance": acceptance.mean().item(),
-            "height / L": height[-1].item() / fluid["box"],
+            "height / L": height[-1].item() / L,
             "N gamma": fluid["particles"] * g, "contact": contact.mean().item(),
             "contact error": contact.std().item() / len(contact) ** 0.5})
     return rows
@@ -471,16 +473,19 @@ def mean_codes(mu, gammas):
     return torch.stack([mu[gammas == g].mean(0) for g in gammas.unique()])
 
 
-def anomaly_rows(nets, model, normal, gammas, sets):
-    """Errors and detection of each set of matrices {name: (C, 1, N, N)}, beside the test set's
-    evaluation `normal`, whose configurations have the gammas (C,): rows, {name: evaluation}.
-    AUROC: against the test set, by RMSE and by RMSE + KL, each standardised by the test set's mean
-    and spread; there: by RMSE, against the gamma whose mean code is nearest to that of the set.
+def anomaly_rows(nets, model, gammas, sets, mean):
+    """Errors and detection of each set of matrices {name: (C, 1, N, N)}, of which the first is the
+    test set, whose configurations have the gammas (C,): rows, {name: evaluation}.
+    AUROC: against the test set, by RMSE, by RMSE + KL, each standardised by the test set's mean and
+    spread, and by the RMSE of the training set's mean matrix, which knows nothing; there: by RMSE,
+    against the gamma whose mean code is nearest to that of the set.
     """
-    base, nats, rows = normal["error"].sqrt(), normal["kl"].sum(1), []  # (C,), nats sum over D
+    found, rows = {name: evaluate(nets, model, x) for name, x in sets.items()}, []
+    normal = next(iter(found.values()))
+    base, nats = normal["error"].sqrt(), normal["kl"].sum(1)  # (C,), nats sum over D
     means = mean_codes(normal["mu"], gammas)
-    found = {name: evaluate(nets, model, x) for name, x in sets.items()}
-    for name, out in ({"test": normal} | found).items():  # test first: the others need its scores
+    trivial = [((x - mean) ** 2).flatten(1).mean(1).sqrt() for x in sets.values()]  # (C,) each
+    for (name, out), plain in zip(found.items(), trivial):
         rmse, kl = out["error"].sqrt(), out["kl"].sum(1)
         out["scores"] = rmse, (rmse - base.mean()) / base.std() + (kl - nats.mean()) / nats.std()
         out["roc"] = [roc(a, b) for a, b in zip(normal["scores"], out["scores"])]
@@ -489,8 +494,9 @@ def anomaly_rows(nets, model, normal, gammas, sets):
         rows.append({
             "set": name, "rmse": common.mean_std(rmse), "kl": out["kl"].mean().item(),
             "nearest gamma": near.item(), "rmse there": there.mean().item(),
-            "AUROC there": roc(there, rmse)[2],
-            "AUROC RMSE": out["roc"][0][2], "AUROC RMSE + KL": out["roc"][1][2]})
+            "rmse of mean": plain.mean().item(), "AUROC there": roc(there, rmse)[2],
+            "AUROC RMSE": out["roc"][0][2], "AUROC RMSE + KL": out["roc"][1][2],
+            "AUROC of mean": roc(trivial[0], plain)[2]})
     return rows, found
 
 
@@ -743,8 +749,8 @@ def net_claims(results, epochs):
         (f"MSE, in epoch {last['epoch']} of training (at most that)", f"{mse}",
          f"{last['error']:.4f}; test {last['test error']:.4f}; mean matrix "
          f"{nets[MAIN]['trivial']:.4f}", round(last["error"], 4) <= mse),
-        ("KL per dimension in nats there (at most 2.2)", f"{kl:.3f}",
-         f"{last['kl']:.3f}; test {last['test kl']:.3f}", last["kl"] <= 2.2),
+        ("KL per dimension in nats there (within 0.1)", f"{kl:.3f}",
+         f"{last['kl']:.3f}; test {last['test kl']:.3f}", abs(last["kl"] - kl) <= 0.1),
         ("variance of the codes on two principal axes", f"{low:.0%} to {high:.0%}", f"{axes:.1%}",
          low <= axes <= high),
         ("energies, Jensen-Shannon distance (at most that)", f"{js}", f"{shape['js']:.3f}",
@@ -775,23 +781,26 @@ def anomaly_claims(results):
     sets, table = {row["set"]: row for row in results["anomalies"]}, []
     gammas = [row["gamma"] for row in results["fluid"]]
     hidden, rough = results["missing"], results["probe"]["texture"]
-    areas = {name: f"{row['AUROC RMSE']:.3f}; RMSE + KL {row['AUROC RMSE + KL']:.3f}"
-             for name, row in sets.items()}
+    areas = {name: f"{row['AUROC RMSE']:.3f}; RMSE + KL {row['AUROC RMSE + KL']:.3f}; by the mean "
+             f"matrix {row['AUROC of mean']:.3f}" for name, row in sets.items()}
+    clear = {name: row["AUROC RMSE"] > max(0.9, row["AUROC of mean"]) for name, row in sets.items()}
     for name, g in (("unseen", UNSEEN), ("fake", FAKE)):
         below, above = [f for f in gammas if f <= g], [f for f in gammas if f >= g]
         beside = sorted({*below[-1:], *above[:1]})
         row, near = sets[name], sets[name]["nearest gamma"]
         table.append((f"{name} (γ = {g:g}): beside γ = {' or '.join(f'{f:g}' for f in beside)}, "
-                      "RMSE at most 1.5 times", "yes", f"γ = {near:g}; {row['rmse']['mean']:.4f}, "
-                      f"{row['rmse there']:.4f}; area under ROC {row['AUROC RMSE']:.2f}",
-                      near in beside and row["rmse"]["mean"] <= 1.5 * row["rmse there"]))
+                      "RMSE at most 1.5 times, below half of the mean matrix's", "yes",
+                      f"γ = {near:g}; {row['rmse']['mean']:.4f}, {row['rmse there']:.4f}, mean "
+                      f"matrix {row['rmse of mean']:.4f}; area under ROC {row['AUROC RMSE']:.2f}",
+                      near in beside and row["rmse"]["mean"] <= min(
+                          1.5 * row["rmse there"], row["rmse of mean"] / 2)))
     row = sets["random"]
-    table.append(("random: separable by RMSE (area under ROC above 0.9)", "yes",
-                  f"{areas['random']}; from γ = {row['nearest gamma']:g} {row['AUROC there']:.3f}",
-                  row["AUROC RMSE"] > 0.9))
+    table.append(("random: separable by RMSE (area under ROC above 0.9 and the mean matrix's)",
+                  "yes", f"{areas['random']}; from γ = {row['nearest gamma']:g} "
+                  f"{row['AUROC there']:.3f}", clear["random"]))
     for name, change in results["change of the rest"].items():
-        table += [(f"{name}: RMSE reflects it (area above 0.9)", "yes", areas[name],
-                   sets[name]["AUROC RMSE"] > 0.9),
+        table += [(f"{name}: RMSE reflects it (area above 0.9 and the mean matrix's)", "yes",
+                   areas[name], clear[name]),
                   (f"{name}: the whole matrix shifts (untouched pairs half as much)", "yes",
                    f"{change:.2f} times the touched", change > 0.5)]
     black, filled = (sum(row[f"{key} inside"] < row["mean inside"] for row in hidden)
@@ -851,9 +860,9 @@ def study(run, args, sets, trained, history, xy, test, gammas):
         "latent", "Codes of the test set")
     strange = {name: by_origin(sets[name]["xy"] / scale) for name in ("unseen", "fake", "random")}
     strange |= {name: found["xy"] / scale for name, found in sets.items() if "moved" in found}
-    anomalies, found = anomaly_rows(nets, model, normal, gammas, {
-        name: distance_matrix(x.to(args.device)) for name, x in strange.items()})
-    run.figure(plot_anomalies(normal, found, gammas, *across), "anomalies",
+    anomalies, found = anomaly_rows(nets, model, gammas, {"test": d} | {
+        name: distance_matrix(x.to(args.device)) for name, x in strange.items()}, mean)
+    run.figure(plot_anomalies(found.pop("test"), found, gammas, *across), "anomalies",
                "Anomalies against the test set")
     change = {name: change_of_rest(normal["x_hat"], found[name]["x_hat"], sets[name]["moved"])
               for name in found if "moved" in sets[name]}

@@ -1,10 +1,11 @@
 """Ratios against plain baselines, measured in one run, by hand: `python tests/bench.py`.
 
 Each ratio is the time of the plain way over that of the script's way, in turn, median of three
-(eae_simmering: nine), with its range. Memory is the peak of a process of its own. About six
+(eae_simmering: nine), with its range. Memory is the peak of a process of its own. About five
 minutes. `--save` puts the table into tests/results.json, from where the README has it.
 """
 
+import copy
 import pathlib
 import statistics
 import subprocess
@@ -200,11 +201,14 @@ def encoder_steps(how, chain=30, steps=200):
         setting = setting._replace(sampler=how)
     sampler = eae_simmering.Sampler(nets["encoder"], setting, g)
     optimiser = torch.optim.Adam(nets["encoder"].parameters(), 1e-3, fused=True)
+    weights, moments = copy.deepcopy((nets.state_dict(), optimiser.state_dict()))
 
     def potential():
         return eae_simmering.reconstruction_loss(nets, x[eae_simmering.batch_of(10_000, 128, g)])
 
-    def run():
+    def run():  # from the start each time: on noise units die, and Adam's moments fade into
+        nets.load_state_dict(weights)  # denormal numbers, which are slow
+        optimiser.load_state_dict(copy.deepcopy(moments))
         for _ in range(steps):
             if setting.sampler == how:
                 sampler.step(potential, setting.temperature)

@@ -30,14 +30,19 @@ def cube(name, d, measure):
     )
 
 
-def cell(encoder, key):
-    """Of frozen_encoder_vae.py under Conv, Flow (6)."""
+def cell(encoder, key, prior="flow6"):
+    """Of frozen_encoder_vae.py under convolutional layers."""
 
     def find(results):
         at = {(c["layers"], c["prior"], c["encoder"]): c for c in results["cells"]}
-        return at["conv", "flow6", encoder][key]["mean"]
+        return at["conv", prior, encoder][key]["mean"]
 
     return find
+
+
+def real(row):
+    """Of frozen_encoder_vae.py: distance of training images (1) or naive samples (2)."""
+    return lambda results: results["real"][row]["distance"]
 
 
 def sample(name):
@@ -60,6 +65,7 @@ FACTS = {  # by run: numbers of the text that no closing table has, and where re
             "negative ELBO": ("-25.13", "-15.64", "-15.05"),
             "RT": ("42.92", "38.96", "38.54"),
             "RE": ("17.79", "23.32", "23.49"),
+            "log p": ("-613.5", "-618.2", "-621.4"),
         }.items()
         for encoder, token in zip(("PNL", "NL", "RKS"), tokens)
     },
@@ -67,6 +73,9 @@ FACTS = {  # by run: numbers of the text that no closing table has, and where re
         "-617.0": cell("L", "log p"),
         "-619.9": cell("NL", "log p"),
         "-618.8": cell("RKS", "log p"),
+        "-655.6": cell("NL", "log p", "normal"),
+        "0.3": real(1),
+        "250.1": real(2),
     },
     "frozen_encoder_vae-repeats": {
         "22.0": cell("PRKS", "RE"),

@@ -253,7 +253,7 @@ def test_smoke_writes_everything(smoke):
         math.isfinite(v["mean"]) and v["n"] == 2 for row in rows for v in row["measures"].values()
     )
     claims = {claim["claim"]: claim for claim in report["claims"]}
-    assert len(claims) == 20 + 4 + 4
+    assert len(claims) == 20 + 4 + 7
     assert claims["Table 2: f2, 15 dB, d=6, total loss"]["document"] == "0.0052"
     lines = open(folder / "metrics.csv").read().splitlines()
     assert lines[0] == "row,snr,d,seed,epoch,mse,moments,kl,mmd,rate,total"
@@ -308,6 +308,50 @@ def test_tune_adds_rows_and_a_search_continues(capsys):
     os.remove("run/units/f5-search-8.pt")  # as if killed after the first round: the same again
     again = ae_cube.main([*one, "--tune", "--trials", "16"])
     assert again["results"] == tuned["results"]
+
+
+def test_total_is_equation_5_and_the_variances_add():
+    stack = ae_cube.Stack(ae_cube.sweep("f5"), [g()])
+    x, eps = torch.randn(2, 50, 3, generator=g("x")), torch.randn(2, 50, 6, generator=g("e"))
+    (mse, _, kl, mmd, _, total), _ = ae_cube.terms(
+        stack, stack.beta[0], stack.lam[1], eps[:, :20], x, eps
+    )
+    assert torch.allclose(total, mse + stack.beta[0] * kl + stack.lam[1] * mmd)
+    assert mmd.abs().min() > 1e-3 and kl.min() > 1e-3
+    assert torch.allclose(stack.encode(x)[1], 10**-1.5 + stack.encoder(x)[..., 6:].exp())
+
+
+def test_training_anneals(monkeypatch):
+    seen, exact = [], ae_cube.terms
+
+    def terms(stack, beta, lam, *rest):
+        seen.append([beta[0].item(), lam[0].item()])
+        return exact(stack, beta, lam, *rest)
+
+    monkeypatch.setattr(ae_cube, "terms", terms)
+    ae_cube.train(ae_cube.sweep("f5"), [0], "f5", 3, 250)  # up to tau = 2 epochs
+    assert [pytest.approx(pair) for pair in seen] == [[1, 0.01], [5.5, 0.505], [10, 1]]
+
+
+def test_generative_claims_need_two_standard_errors_and_no_collapse():
+    def value(mean, std=0.3, n=9):
+        return {"mean": mean, "std": std, "n": n}
+
+    def verdicts(f4, f5, f6, spread=0.7):
+        rows = {("f4 fitted", 15, 6): f4, ("f5 annealed", 15, 6): f5}
+        rows["f6 beta=0.01", ae_cube.NO_CHANNEL, 6] = f6
+        measures = dict.fromkeys(("total", "mmd"), value(0.0)) | {"spread": value(spread)}
+        at = {key: measures | {"knn_kl": value(kl)} for key, kl in rows.items()}
+        return {row[0].partition(" (gen")[0]: row[3] for row in ae_cube.claims(at)}
+
+    future, annealed = "f6, the future work, generates better than f4", "f5 annealed does not improve"
+    error = 2 * math.hypot(0.3, 0.3) / 3
+    for f6, better in ((1 - 1.1 * error, True), (1 - 0.9 * error, False), (1.5, False)):
+        assert verdicts(1.0, 1.0, f6)[future] is better
+    assert verdicts(1.0, 0.9, 1.0)[f"{annealed} on f4"] is True
+    assert verdicts(1.0, 0.5, 1.0)[f"{annealed} on f4"] is False
+    table = "Table 5, fixed: f5 annealed, 15 dB, d=6, total loss"
+    assert verdicts(1, 1, 1)[table] is True and verdicts(1, 1, 1, spread=0.0)[table] is False
 
 
 def test_optuna_proposes_better_points_than_it_started_with():

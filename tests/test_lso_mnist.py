@@ -552,11 +552,51 @@ def test_training_two_nets_side_by_side_trains_each_on_its_own_loss():
 # --- the run ---
 
 
+SEEN = {}  # images that each net of the smoke run was trained on
+
+
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("smoke") / "run"
-    report = lso_mnist.main(["--preset", "smoke", "--out", str(folder)])
+    folder, objectives = tmp_path_factory.mktemp("smoke") / "run", lso_mnist.objectives
+
+    def looking(name, model, nets, x, *rest):
+        SEEN[name] = x
+        return objectives(name, model, nets, x, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lso_mnist, "objectives", looking)
+        report = lso_mnist.main(["--preset", "smoke", "--out", str(folder)])
     return folder, report
+
+
+def unit(smoke, name):
+    return torch.load(smoke[0] / "units" / f"{name}.pt", weights_only=True)["result"]
+
+
+def test_each_net_sees_its_own_images(smoke):
+    assert len(SEEN["LSO-1"]) == 1000 and len(SEEN["LSO-2"]) == 10_000
+    others = rows_as_bytes(torch.cat([x for name, x in SEEN.items() if name != "judge"]))
+    assert not rows_as_bytes(SEEN["judge"]) & others and len(others) <= 10_000
+
+
+def test_units_of_the_study(smoke):
+    pixels = unit(smoke, "input-constant-normal")
+    assert torch.equal(pixels["images"], pixels["v"].clamp(0, 1)) and (pixels["v"] < 0).any()
+    assert unit(smoke, "LSO-1-fine-normal")["steps"].max() == 20 * 120
+    assert unit(smoke, "LSO-1-patient-normal")["steps"].max() == 4 * 120
+    for name in ("GAN", "VAE"):  # the prior itself, not codes of images
+        model, x = lso_mnist.MODELS[name], torch.rand(2, 1000, 196, generator=g())
+        codes = lso_mnist.start_codes(name, model, {"encoder": None}, x, 0)
+        assert codes.shape == (2, 1000, 20)
+        assert torch.allclose(codes.mean(1), torch.zeros(2, 20), atol=1e-5)
+        assert torch.allclose(codes.std(1), torch.ones(2, 20), atol=1e-5)
+
+
+def test_steps_and_attempts_by_digit():
+    out = {key: torch.zeros(2, 20) for key in ("first", "stuck", "solved", "steps")}
+    out["attempts"] = (torch.arange(20) % 10 + 1).repeat(2, 1)
+    scores = lso_mnist.success_scores(out)
+    assert scores["attempts by digit"] == list(range(1, 11)) and scores["attempts"] == 5.5
 
 
 def test_smoke_writes_everything(smoke):
@@ -614,6 +654,33 @@ def test_a_comparison_holds_if_a_is_clearly_above_factor_times_b(smoke):
         judged["input"]["read"] = {"mean": 0.2, "std": 0.01, "n": 2}
         table = lso_mnist.claims(results["autoencoders"], rows, judged, 1.0)
         assert {row[0]: row[3] for row in table}[name] is wanted
+
+
+def test_success_and_mse_claims_look_at_every_figure(smoke):
+    results = json.loads(json.dumps(smoke[1]["results"]))
+    rows = {(r["row"], r["rule"], r["start"]): r for r in results["generations"]}
+    judged = {r["row"]: r for r in rows.values() if "read" in r}
+
+    def holds(claim):
+        table = lso_mnist.claims(results["autoencoders"], rows, judged, 1.0)
+        return next(row[3] for row in table if row[0].startswith(claim))
+
+    for interval, wanted in (([0, 0.1], False), ([0.6, 0.7], True), ([0.9, 1.0], False)):
+        judged["LSO-1"]["interval"] = interval
+        assert holds("LSO-1: success") is wanted
+    for mse, pca, wanted in ((0.02, 0.03, True), (0.025, 0.03, False), (0.02, 0.015, False)):
+        row = results["autoencoders"][0]
+        row["train"]["mean"], row["pca_train"], row["test"]["mean"] = mse, pca, 9.0
+        assert holds("LSO-1: MSE") is wanted
+    for (name, *_), row in rows.items():  # LSO-2 is ahead under the chosen rule alone, or always
+        if name in ("LSO-1", "LSO-2"):
+            row["success"] = {"mean": 0.5 if name == "LSO-1" else 0.4, "std": 0.01, "n": 2}
+    judged["LSO-2"]["success"]["mean"] = 0.6
+    assert holds("larger layer, more success: LSO-2, LSO-1") is False
+    for (name, *_), row in rows.items():
+        if name == "LSO-2":
+            row["success"]["mean"] = 0.6
+    assert holds("larger layer, more success: LSO-2, LSO-1") is True
 
 
 def test_walks_end_with_their_success_or_with_the_last_step(smoke):

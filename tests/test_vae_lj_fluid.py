@@ -238,6 +238,12 @@ def test_chains_of_several_gammas_are_recorded_apart():
     assert [row["settled"] for row in rows] == pytest.approx(half.tolist())
     error = [statistics.stdev(U) / 5 for U in found["energy"][25:].T.tolist()]
     assert [row["settled error"] for row in rows] == pytest.approx(error)
+    near = 1.6 * 10 * T / 100  # the wall's profile is steep: 0.12 of the box, not 0.4
+    contact = T * lj.contact_density(found["xy"][20:].double(), 10.0, near)
+    assert rows[1]["contact"] == pytest.approx(contact.mean().item())
+    assert rows[1]["contact error"] == pytest.approx(contact.std().item() / 20**0.5)
+    contact = T * lj.contact_density(found["xy"][:20].double(), 10.0, 0.4)
+    assert rows[0]["contact"] == pytest.approx(contact.mean().item())
     assert rows[0]["acceptance"] == found["acceptance"][:, 0].mean().item()
 
 
@@ -554,14 +560,19 @@ def test_anomaly_rows_of_a_net_that_halves_everything():
     x[gammas == 1] += 2
     normal = lj.evaluate(HALF, model, x)
     assert torch.allclose(normal["error"], (x**2).flatten(1).mean(1) / 4)
-    rows, found = lj.anomaly_rows(HALF, model, normal, gammas, {"same": x, "far": x[:200] + 30})
+    sets, mean = {"test": x, "same": x, "far": x[:200] + 30}, torch.full((1, 3, 3), 3.0)
+    rows, found = lj.anomaly_rows(HALF, model, gammas, sets, mean)
     rows = {row["set"]: row for row in rows}
+    assert rows["same"]["AUROC of mean"] == pytest.approx(0.5) and rows["far"]["AUROC of mean"] == 1
+    trivial = ((x - 3) ** 2).flatten(1).mean(1).sqrt().mean().item()
+    assert rows["test"]["rmse of mean"] == pytest.approx(trivial, rel=1e-5)
     assert rows["same"]["AUROC RMSE"] == pytest.approx(0.5) and rows["far"]["AUROC RMSE"] == 1
     assert rows["far"]["AUROC RMSE + KL"] == 1 and rows["far"]["nearest gamma"] == 1
-    assert rows["same"]["rmse"] == rows["test"]["rmse"] and list(found) == ["same", "far"]
+    assert rows["same"]["rmse"] == rows["test"]["rmse"] and list(found) == list(sets)
     rmse = (x[gammas == 1] ** 2).flatten(1).mean(1).sqrt() / 2
     assert rows["far"]["rmse there"] == pytest.approx(rmse.mean().item())
-    rows, _ = lj.anomaly_rows(HALF, model, normal, gammas, {"new": x[gammas < 1] + 1.8})
+    sets = {"test": x, "new": x[gammas < 1] + 1.8}
+    rows, _ = lj.anomaly_rows(HALF, model, gammas, sets, mean)
     errors = ((x[gammas < 1] + 1.8) ** 2).flatten(1).mean(1).sqrt() / 2
     near = (errors[:, None] > rmse).double().mean().item()  # against gamma = 1 alone
     assert rows[1]["nearest gamma"] == 1 and 0 < near < 0.5
@@ -684,7 +695,8 @@ def test_smoke_measures_the_sets_that_it_saved(smoke):
     nets = lj.build(model, 30, g())
     nets.load_state_dict(unit(folder, "distances-conv")["state"])
     xy = torch.cat([unit(folder, f"fluid-{name}")["xy"] for name in ("0.1", "0.4", "0.7", "1")])
-    test = lj.by_origin(xy[torch.randperm(200, generator=common.generator(0, "split"))])[160:]
+    order, xy_all = torch.randperm(200, generator=common.generator(0, "split")), xy
+    test = lj.by_origin(xy[order])[160:]
     sets = {"test": test, **{name: lj.by_origin(unit(folder, name)["xy"]) for name in (
         "unseen", "fake", "random")}}
     for reading in ("code", "slide"):
@@ -698,7 +710,17 @@ def test_smoke_measures_the_sets_that_it_saved(smoke):
     assert (sets["random"] > 9).any() and sets["random"].max() < 10
     for name in ("corrupted-code", "blacked-out-6"):  # all of the 40 test configurations
         assert unit(folder, name)["parameters"]["count"] == 40
+    gammas = torch.tensor([0.1, 0.4, 0.7, 1.0], dtype=torch.double).repeat_interleave(50)
+    gammas = gammas[order][160:]
+    rmse = lj.evaluate(nets, model, lj.distance_matrix(test / SCALE))["error"].sqrt()
+    for row in rows.values():  # the labels belong to the configurations
+        there = rmse[gammas == row["nearest gamma"]].mean().item()
+        assert row["rmse there"] == pytest.approx(there, rel=1e-4)
+    mean = lj.distance_matrix(lj.by_origin(xy_all[order][:160]) / SCALE).mean(0)
     hidden = unit(folder, "blacked-out-6")
+    inside = (mean - lj.distance_matrix(test / SCALE))[hidden["where"]].square().mean().sqrt()
+    row = {row["size"]: row for row in report["results"]["missing"]}[6]
+    assert row["mean inside"] == pytest.approx(inside.item(), rel=1e-4)
     d = lj.distance_matrix(test / SCALE)
     assert torch.allclose(hidden["d"][~hidden["where"]], d[~hidden["where"]], atol=1e-6)
     last = lj.evaluate(nets, model, d, noise=True)
@@ -710,7 +732,7 @@ def test_smoke_measures_the_sets_that_it_saved(smoke):
 
 GOOD = {  # what makes every claim hold, and one that breaks it: path in results, good, bad
     "MSE": ("training.-1.error", 0.00134, 0.00136),
-    "KL per": ("training.-1.kl", 2.2, 2.21),
+    "KL per": ("training.-1.kl", 2.2, 2.22),
     "variance": ("codes.axes", [0.06, 0.05], [0.04, 0.03]),
     "energies": ("geometry.js", 0.18, 0.19),
     "Gram": ("geometry.gram error", 1e-6, 1e-2),
@@ -721,8 +743,10 @@ GOOD = {  # what makes every claim hold, and one that breaks it: path in results
     "grid, conv fails": ("representations.5.error", 0.92, 0.88),
     "unseen": ("anomalies.1.nearest gamma", 1.0, 0.7),
     "fake": ("anomalies.2.rmse.mean", 0.14, 0.16),
+    "unseen (": ("anomalies.1.rmse of mean", 0.3, 0.19),
     "random: separable": ("anomalies.3.AUROC RMSE", 0.91, 0.89),
     "corrupted-code: RMSE": ("anomalies.4.AUROC RMSE", 0.91, 0.89),
+    "corrupted-slide: RMSE": ("anomalies.5.AUROC of mean", 0.7, 0.96),
     "corrupted-slide: the whole": ("change of the rest.corrupted-slide", 0.6, 0.4),
     "blacked-out": ("missing.4.black inside", 0.1, 0.3),
     "zero latent": ("probe.texture.zero", 0.01, 0.03),
@@ -754,6 +778,7 @@ def flawless(smoke):
         row["test error"] = 0.003
     for k, row in enumerate(results["anomalies"]):
         row |= {"nearest gamma": 0.4, "rmse there": 0.1, "AUROC RMSE": 0.95}
+        row |= {"AUROC of mean": 0.5, "rmse of mean": 0.4}
         row["rmse"]["mean"] = 0.1
     results["anomalies"][1]["nearest gamma"] = 1.0
     results["change of the rest"] = dict.fromkeys(results["change of the rest"], 0.7)
