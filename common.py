@@ -277,7 +277,7 @@ class Run:
                 note(f"note: {self.script}.py or common.py has changed since this run began")
         self.folder.mkdir(parents=True, exist_ok=True)
         for leftover in self.folder.rglob(".*.tmp"):  # of a command killed inside `write`
-            if time.time() - leftover.stat().st_mtime > 60:  # else of one that is at work
+            if not pathlib.Path("/proc", leftover.suffixes[-2][1:]).exists():  # or one at work
                 leftover.unlink()
         if fresh or not config.exists():
             write(config, json.dumps({"config": self.config, "source": self.source}, indent=1))

@@ -208,11 +208,11 @@ def test_a_kill_at_any_step_of_opening_a_folder_leaves_one_that_opens(fresh, mon
 
 def test_leftovers_of_a_kill_go_and_those_of_a_living_command_stay():
     open_run(["--out", "run"])
-    for name in ("old", "new"):
-        open(f"run/units/.{name}.pt.1.tmp", "w").close()
-    os.utime("run/units/.old.pt.1.tmp", (0, 0))
+    living = f".fluid-0.1.pt.{os.getppid()}.tmp"
+    for name in (".fluid-0.1.pt.999999999.tmp", living):
+        open(f"run/units/{name}", "w").close()
     open_run(["--out", "run"])
-    assert os.listdir("run/units") == [".new.pt.1.tmp"]
+    assert os.listdir("run/units") == [living] * os.path.exists("/proc/self")
 
 
 @pytest.mark.parametrize(
