@@ -414,7 +414,7 @@ def plot_latents(fits, names):
     fig = common.plot_lines({p: ([normal], dict(ylabel="density")) for p in fits}, 4, 3, 2.6)
     for ax, (p, found) in zip(fig.axes, fits.items()):
         z = found["arrays"]["z"][:, :p.d].numpy()  # below: a density, also where tails are cut off
-        ax.hist(z, 32, (-4, 4), weights=0 * z + 4 / len(z), histtype="step", lw=0.8)
+        ax.hist(z, 32, range=(-4, 4), weights=0 * z + 4 / len(z), histtype="step", lw=0.8)
         ax.set(xlabel="latent z", ylim=(0, 0.9), title=f"{p}\nvariance {z.var(0).mean():.3g}")
     return fig
 

@@ -1274,9 +1274,11 @@ def main(argv=None):
             common.print_rows(f"{name}: thermostat", thermostats)
             results[name], claims = found | {"thermostat": thermostats}, claims + rows
             held = [row["kinetic"] for row in thermostats if row["T"]]
-            worst = max(held, key=lambda kinetic: abs(kinetic - 1), default=1.0)
-            claims += [(f"{name}: thermostats hold T (kinetic temperature within 5 %)", "assumed",
-                        f"{worst:.2f} T, worst of {len(held)}", abs(worst - 1) <= 0.05)]
+            if held:  # none where T is 0
+                worst = max(held, key=lambda kinetic: abs(kinetic - 1))
+                claims += [(f"{name}: thermostats hold T (kinetic temperature within 5 %)",
+                            "assumed", f"{worst:.2f} T, worst of {len(held)}",
+                            abs(worst - 1) <= 0.05)]
             metrics += [{"run": key, "step": step} | {
                 term: out[term][step - 1].item() for term in ("loss", "kinetic") if term in out}
                 for key, out in outs.items() for step in range(20, len(out["loss"]) + 1, 20)]

@@ -820,6 +820,8 @@ def test_langevin_and_temperature_zero_run(capsys):
         report = eae.main(["--preset", "smoke", "--experiment", "frey", *flags, "--fresh"])
         (row,) = report["results"]["frey"]["thermostat"]
         assert row["sampler"] == {"langevin": "langevin", "0": "adam"}[flags[1]]
+        held = [row["here"] for row in report["claims"] if "thermostats hold T" in row["claim"]]
+        assert held == [f"{row['kinetic']:.2f} T, worst of 1"] * (flags[1] == "langevin")
     assert "temperature 0 has no ensemble" in capsys.readouterr().err
 
 
