@@ -1029,6 +1029,7 @@ def study_celeba(run, args, name, data):
     faces, models, found = x_test.float() / 255, {}, {}
     sheet, low = {"test images": faces[:12]}, setting_of(args, name)._replace(size=len(x))
     hot = low._replace(temperature=HOT, final_temperature=-1.0)
+    mean = sum(part.double().sum(0) for part in x.split(1000)).float() / (255 * len(x))
     for title, setting in (("high T", hot), ("low T", low)):
         g = common.generator(args.seed, name, args.device)  # both start alike
         nets = build(name, g)
@@ -1048,7 +1049,6 @@ def study_celeba(run, args, name, data):
         label = f"{title} = {schedule(setting, 1):g}"
         sheet[label], models[f"{name} {label}"] = x_hat[:12], model
         a, b = x_hat.flatten(1), faces.flatten(1)  # distinct: variance between faces, by the real
-        mean = sum(part.double().sum(0) for part in x.split(1000)).float() / (255 * len(x))
         found[title] = {"mse": ((a - b) ** 2).mean().item(), "loss std": U.std().item(),
                         "mse of mean": ((faces - mean) ** 2).mean().item(),
                         "distinct": (a.var(0).mean() / b.var(0).mean()).item()}

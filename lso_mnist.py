@@ -123,7 +123,7 @@ def build(name, model, repeats, g):
             "decoder": MLP([k, 256, 256, PIXELS], repeats, g, torch.relu, torch.sigmoid),
             "discriminator": MLP([PIXELS, 256, 256, 1], repeats, g, F.leaky_relu)})
     if name != "judge":
-        return nn.ModuleDict({"encoder": MLP([PIXELS, 100, codes], repeats, g),  # Figure 1; 100: ours
+        return nn.ModuleDict({"encoder": MLP([PIXELS, 100, codes], repeats, g),  # Figure 1; our 100
                               "decoder": MLP([k, 100, PIXELS], repeats, g, out=torch.sigmoid)})
     features = nn.Sequential(
         nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(),  # (n, 16, 14, 14)

@@ -344,7 +344,8 @@ def test_generative_claims_need_two_standard_errors_and_no_collapse():
         at = {key: measures | {"knn_kl": value(kl)} for key, kl in rows.items()}
         return {row[0].partition(" (gen")[0]: row[3] for row in ae_cube.claims(at)}
 
-    future, annealed = "f6, the future work, generates better than f4", "f5 annealed does not improve"
+    future = "f6, the future work, generates better than f4"
+    annealed = "f5 annealed does not improve"
     error = 2 * math.hypot(0.3, 0.3) / 3
     for f6, better in ((1 - 1.1 * error, True), (1 - 0.9 * error, False), (1.5, False)):
         assert verdicts(1.0, 1.0, f6)[future] is better
