@@ -1,100 +1,108 @@
-"""Autoencoders on the surface of a cube: noise, information rate, KL, MMD, annealing, search.
+"""Autoencoders on the surface of a cube: noise, information, KL, MMD, annealing, search.
 
 Reproduces M. DaRocha, "Autoencoders & Controlling Latent Space for Generative Modeling" (VUW,
-AIML425, 2024). Each model f1-f6 is a row of MODELS and minimises
+AIML425, 2024). With z = y(x) + noise, each of the models f1 to f5 minimises
 
-    L = MSE(x, x_hat) + c * mean_j [E(y_j)^2 + (Var(y_j) - 1)^2] + beta_t * KL + lambda_t * MMD^2
+    L = MSE(x, x_hat) + c * penalty(y) + beta_t * KL + lambda_t * MMD^2       (Eq. 5, Table 2)
 
-(Eq. 5 with f2's moment penalty), z = y + noise of variance 10^(-SNR/10) + exp(logvar(x)): the
-channel's, the encoder's, or both. MSE is a mean over points and coordinates; KL, in nats, a mean
-over points and a sum over latent dimensions; MMD^2 is unbiased.
+    python ae_cube.py                          all models, 3 seeds: about 5 minutes on 2 CPU cores
+    python ae_cube.py --tune                   adds the Optuna search: about 3 minutes more
+    python ae_cube.py --models f2 --snr 12 --latent 5 --out out/f2     one SNR and latent size
 
-    python ae_cube.py                   all models, 3 seeds: about 5 minutes on 2 CPU cores
-    python ae_cube.py --tune            adds the Optuna search: about 4 minutes more
-    python ae_cube.py --models f2 --snr 12 --latent 6 --out out/f2      one point of the plane
-
-A run leaves figures, results.json, metrics.csv and the nets (units/*.pt) in out/ae_cube-<preset>.
-It has not been timed on a GPU. What the document leaves open, and what we chose:
-* Nets 3-64-64-d-64-64-3, tanh (ReLU stops f2 at 0.0054 +- 0.0002), batches of 250, Adam at 1e-2,
-  falling linearly to 0 over the second half; the document's logs have 1,000 to 1,500 epochs of
-  unknown batches, ours 100 (paper: 400). f2-wide: 160 hidden units and twice the epochs.
-* SNR is in dB against a signal of variance 1, so the noise is fixed. Nothing holds f1's signal to
-  that variance, and it outgrows the noise; in row "f1 held" the noise follows the signal.
-* f2's penalty is on y, before the noise (its rates are those of Var(z) = 1 + noise), with c = 1.
-* The textbook beta = 1 collapses f3 to a loss of 5/9, the variance; 0.1 comes near the document's.
-* f4 and f5 add the encoder's noise to the channel's. The target "fitted" is the Gaussian with the
-  latents' own moments, the SNR as in "f1 held". f4 has lambda = 1, on 64 points of each batch.
-* f5 rises over the first two thirds of the epochs; "f5 Optuna" has the weights that the document's
-  search ended with. Its range is not stated: ours, "f5 tuned", reaches down to f4 and f6.
-* f6 is the document's future work: a beta-VAE whose beta is annealed from 0.
-* The generative KL is estimated by k nearest neighbours (the document does not say how). Only its
-  order compares: for points off the surface the true divergence is infinite.
+A run leaves figures, table.md, results.json, metrics.csv and the nets (units/*.pt) in its folder.
+What the document leaves open, and what we chose:
+* Nets 3-64-64-d-64-64-3 with tanh (ReLU stops f2 at 0.0054); 2,000 steps of Adam in batches of 250
+  at 0.01, falling to 0 over the second half; its second decay is 0.99 (0.999 needs twice the steps).
+* SNR is in dB against a signal of variance 1, so the noise is fixed; f1's signal outgrows it, as
+  nothing holds it. In "f1 held" and "f4 fitted" the noise follows the signal's variance.
+* MSE and penalty are means, over coordinates and latent dimensions; KL, in nats, is a sum over
+  them; MMD^2 is unbiased, on 64 points of a batch. c = 1, f4's lambda = 1; f3's beta is 1, which
+  collapses it to a loss of 5/9, or 0.1, which comes near the document's.
+* f3 has no channel; f4 and f5 add the channel's noise to the encoder's. f5's weights rise over the
+  first two thirds of the steps, as in Table 5.
+* The generative KL is estimated by nearest neighbours; only its order compares with the document.
 """
-import itertools
 import math
 from typing import NamedTuple
 
+import common  # before torch: from here on Ctrl-C is one line
 import torch
 from torch import nn
-from tqdm import tqdm
+from torch.func import functional_call, stack_module_state, vmap
 
-import common
-
-# P sweep points, S seeds, M = P * S nets side by side, B batch, D latent dimensions (masked to d)
+# B batch, D latent dimensions, S seeds, R rows of one unit, M = R * S nets side by side
 PRESETS = {
-    "smoke": dict(seeds=2, epochs=3, points=1000, held_out=500, trials=8),
-    "quick": dict(seeds=3, epochs=100, points=10_000, held_out=10_000, trials=40),
-    "paper": dict(seeds=10, epochs=400, points=10_000, held_out=10_000, trials=120)}
-BATCH, MMD_ROWS, RATE = 250, 64, 1e-2  # points, those in the MMD (quadratic cost), first rate
-EXACT = dict(compute_mode="donot_use_mm_for_euclid_dist")  # of torch.cdist, also for close pairs
-ANNEAL = 2 / 3  # tau of Eq. (6) as a share of the epochs: 1,000 of about 1,500 in Table 5
-NO_CHANNEL = math.inf  # dB, noise of variance 0
+    "smoke": dict(seeds=2, steps=20, points=1000, held_out=500, trials=8),
+    "quick": dict(seeds=3, steps=2000, points=10_000, held_out=10_000, trials=40),
+    "paper": dict(seeds=10, steps=10_000, points=10_000, held_out=10_000, trials=120)}
+BATCH, MMD_ROWS, RATE = 250, 64, 1e-2
+ANNEAL = 2 / 3             # tau of Eq. (6) as a share of the steps: 1,000 of 1,500 in Table 5
+NO_CHANNEL = math.inf      # dB
+VARIANCE = 5 / 9           # of a coordinate: the MSE of the mean
+SNRS = {"f1": [5, 15], "f2": [5, 10, 15, 20], "f2 on z": [15], "f2 few": [15, 20],
+        "f3": [NO_CHANNEL], "f4": [5, 10, 15], "f5": [15], "plane": [15]}
+SIZES = {"f1": [6], "f2": [2, 4, 6, 8], "f2 on z": [6], "f2 few": [6], "f3": [6], "f4": [4, 6, 8],
+         "f5": [6], "plane": [6]}
+HEADS = ["f1", "f2", "f3 β=0.1", "f4 standard", "f4 fitted", "f5 annealed"]  # of the figures
+BETAS = [0, 0.001, 0.01, 0.1, 1, 10]   # the plane: f3 where lambda is 0, f4 where beta is, else f5
+LAMBDAS = [0, 0.1, 1, 10, 100]
+SEARCH_BETA, SEARCH_LAMBDA = (1e-3, 10), (1e-1, 100)  # where Optuna looks: the plane's inside
+TABLE_2 = [0.9352, 0.0095, 0.0071, 0.0064, 0.0062, 0.0055, 0.0053, 0.0052, 0.0053, 0.0052]
+TABLE_2_BITS = [3.006, 2.494, 2.503, 2.513, 2.498, 2.527, 2.530, 2.504, 2.510, 2.528]
+TABLE_5_EPOCHS = [0, 100, 200, 300, 400, 500, 600, 700, 800, 900, 1400]
+TABLE_5 = [184.92, 1.2056, 0.7092, 0.5678, 0.5299, 0.5021, 0.4792, 0.4698, 0.4606, 0.4527, 0.4364]
+TABLE_5_MMD = [0.0357, 0.0331, 0.0308, 0.0397, 0.0322, 0.0346, 0.0354, 0.0355, 0.0324, 0.0346,
+               0.0309]
 
 
-class Point(NamedTuple):
-    """One autoencoder to train: a model at an SNR (dB) and latent size d."""
+class Row(NamedTuple):
+    """An autoencoder of the tables, trained once for each seed."""
     name: str
-    snr: float
-    d: int
-    c: float = 0.0             # weight of the moment penalty
+    snr: float                 # dB
+    d: int                     # latent dimensions
+    c: float = 0.0             # weight of f2's penalty
     beta: tuple = (0.0, 0.0)   # weight of the KL, at the start and from tau on
     lam: tuple = (0.0, 0.0)    # weight of the MMD, likewise
-    stochastic: bool = True    # does the encoder put out a variance?
-    fitted: bool = False       # latent target: own moments (True) or N(0, 1), f2: N(0, 1 + noise)
+    fitted: bool = False       # target: the Gaussian with the latents' own moments, else N(0, 1)
     held: bool = False         # does the channel's noise follow the signal's variance?
-    width: int = 64            # hidden units
-    longer: int = 1            # factor on the epochs
+    stochastic: bool = True    # does the encoder put out a variance?
+    penalised: str = "y"       # f2's penalty before ("y") or after the noise ("z")
+    points: int = 0            # training points, 0: as many as the preset has
+
+    @property
+    def noise(self):
+        return 10 ** (-self.snr / 10)
 
     def __str__(self):
-        return f"{self.name}, " + f"{self.snr:g} dB, " * (self.snr < NO_CHANNEL) + f"d={self.d}"
+        channel = "" if self.snr == NO_CHANNEL else f"{self.snr:g} dB, "
+        return f"{self.name}, {channel}d={self.d}"
 
 
-F1, F2 = dict(stochastic=False, fitted=True), dict(stochastic=False, c=1.0)
-MODELS = {  # model: SNRs in dB, latent sizes, {row: what differs from Point's defaults}
-    "f1": ((5, 15), (6,), {"f1": F1, "f1 held": dict(F1, held=True)}),  # Table 1
-    "f2": ((5, 10, 15, 20), (2, 4, 6, 8), {"f2": F2}),  # Table 2, Figure A
-    "f2-wide": ((15,), (6,), {"f2-wide": dict(F2, width=160, longer=2)}),
-    "f3": ((NO_CHANNEL,), (6,), {f"f3 beta={b:g}": dict(beta=(b, b)) for b in (1, .1, .01)}),
-    "f4": ((5, 10, 15), (4, 6, 8), {  # Table 4, Figures B and C
-        "f4 standard": dict(lam=(1, 1)), "f4 fitted": dict(lam=(1, 1), fitted=True, held=True)}),
-    "f5": ((15,), (6,), {"f5 annealed": dict(beta=(1, 10), lam=(0.01, 1)),  # Table 5
-                         "f5 Optuna": dict(beta=(1, 10), lam=(0.01, 0.1))}),
-    "f6": ((NO_CHANNEL,), (6,), {f"f6 beta={b:g}": dict(beta=(0, b))
-                                 for b in (0.001, 0.003, 0.01, 0.03, 0.1)})}
-SEARCH = dict(beta=(1e-4, 10.0), lam=(1e-2, 10.0))  # range of the final weights of "f5 tuned"
-HEADS = ("f1", "f2", "f3 beta=0.1", "f4 standard", "f4 fitted", "f5 annealed", "f6 beta=0.01",
-         "f5 tuned")  # one row a model for the figures, at 15 dB or without a channel, d=6
-TERMS = ("mse", "moments", "kl", "mmd", "rate", "total")
-NAMES = dict(mse="MSE", kl="KL (nats)", mmd="MMD²", rate="bits per neuron", total="total loss",
-             knn_kl="generative KL (k=5)", beta="weight β", lam="weight λ")
-DOCUMENT = {  # table: {measure: published}, points (row, SNR, d); holds: ours <=, rate within 0.03
-    "Table 1 (SNR not stated)": (dict(mse=0.0920), ("f1", 15, 6), ("f1 held", 5, 6)),
-    "Table 2": (dict(total=0.0052, rate=2.528), ("f2", 15, 6), ("f2-wide", 15, 6)),
-    "Table 3": (dict(total=0.3467), *((f"f3 beta={beta}", NO_CHANNEL, 6) for beta in (1, 0.1))),
-    "Table 4": (dict(mse=0.0042, mmd=0.0408, knn_kl=2.983), ("f4 standard", 15, 8),
-                ("f4 fitted", 15, 8)),
-    "Table 5, fixed": (dict(total=0.4364, mmd=0.0309, knn_kl=4.517), ("f5 annealed", 15, 6)),
-    "Table 5, tuned": (dict(total=0.6700, mmd=0.0271, knn_kl=7.050), ("f5 Optuna", 15, 6))}
+def rows_of(model, snr, d):
+    """The rows of a model (a key of SNRS) at one SNR and latent size."""
+    plain = Row("f1", snr, d, stochastic=False)
+    if model == "f1":  # Table 1
+        return [plain._replace(fitted=True), plain._replace(name="f1 held", fitted=True, held=True)]
+    if model == "f2":  # Table 2, Figure A
+        return [plain._replace(name="f2", c=1)]
+    if model == "f2 on z":
+        return [plain._replace(name="f2 on z", c=1, penalised="z")]
+    if model == "f2 few":
+        return [plain._replace(name="f2 few", c=1, points=1000)]
+    if model == "f3":  # Table 3; f6 is the document's future work, with the plane's channel
+        return [Row("f3 β=1", snr, d, beta=(1, 1)), Row("f3 β=0.1", snr, d, beta=(0.1, 0.1)),
+                Row("f6", 15, d, beta=(0, 0.01))]
+    if model == "f4":  # Table 4, Figures B and C
+        return [Row("f4 standard", snr, d, lam=(1, 1)),
+                Row("f4 fitted", snr, d, lam=(1, 1), fitted=True, held=True)]
+    if model == "f5":  # Table 5: the weights of its annealing and those of its search
+        return [Row("f5 annealed", snr, d, beta=(1, 10), lam=(0.01, 1)),
+                Row("f5 Optuna", snr, d, beta=(1, 10), lam=(0.01, 0.1))]
+
+
+def weighted(beta, lam):
+    """A row at 15 dB, d=6 with constant weights: f3, f4 or f5, by which of them is 0."""
+    return Row(f"β={beta:.3g}, λ={lam:.3g}", 15, 6, beta=(beta, beta), lam=(lam, lam))
 
 
 # --- data ----------------------------------------------------------------------------------------
@@ -104,199 +112,223 @@ def cube_surface(n, generator):
     device = generator.device
     x = torch.rand(n, 3, generator=generator, device=device) * 2 - 1
     face = torch.randint(6, (n,), generator=generator, device=device)  # 2 axis + side; equal areas
-    x[torch.arange(n, device=device), face // 2] = (face % 2 * 2 - 1).to(x.dtype)
+    side = face % 2 * 2 - 1  # -1 or 1
+    x[torch.arange(n, device=device), face // 2] = side.to(x.dtype)
     return x
 
 
 def nearest_face(x):
-    """Number 0..5 of the face of the cube nearest to each point. (..., 3) -> (...)"""
-    axis = x.abs().argmax(-1)
-    return 2 * axis + (x.gather(-1, axis[..., None])[..., 0] > 0)  # numbered as in cube_surface
-
-
-def surface_distance(x):
-    """Euclidean distance to the surface of [-1, 1]^3 from inside or outside. (..., 3) -> (...)"""
-    outside = (x.abs() - 1).clamp(min=0).norm(dim=-1)  # 0 for inner points
-    return outside + (1 - x.abs().amax(-1)).clamp(min=0)
-
-
-def draws(draw, generators, points, n, D):
-    """torch.rand or torch.randn, (M, n, D): each seed's own, the same at all points of a sweep."""
-    values = [draw(n, D, generator=g, device=g.device) for g in generators]
-    return torch.stack(values).repeat(points, 1, 1)  # (S, n, D) -> (M, n, D), m = p * S + s
+    """Number 0..5 (-x, +x, -y, +y, -z, +z) of the face of the cube nearest to each point. (n,)"""
+    axis = x.abs().argmax(1)
+    positive = x.gather(1, axis[:, None])[:, 0] > 0
+    return 2 * axis + positive
 
 
 # --- model ---------------------------------------------------------------------------------------
 
-class StackedMLP(nn.Module):
-    """M tanh nets in the order (point, seed); a seed draws one (He-uniform) for all its points."""
+class Autoencoder(nn.Module):
+    """3-64-64-D, a noisy channel, D-64-64-3; a stochastic encoder (f3 to f5) also puts out the
+    logarithm of a variance."""
 
-    def __init__(self, sizes, generators, points):
+    def __init__(self, d, stochastic=False):
         super().__init__()
-        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
-        for fan_in, fan_out in zip(sizes, sizes[1:]):
-            for group, rows, gain in ((self.weights, fan_in, 6), (self.biases, 1, 1)):
-                uniform = draws(torch.rand, generators, points, rows, fan_out) * 2 - 1
-                group.append(uniform * math.sqrt(gain / fan_in))  # (M, in, out), (M, 1, out)
+        self.stochastic = stochastic
+        outputs = 2 * d if stochastic else d
+        self.encoder = nn.Sequential(nn.Linear(3, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(),
+                                     nn.Linear(64, outputs))
+        self.decoder = nn.Sequential(nn.Linear(d, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(),
+                                     nn.Linear(64, 3))
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.kaiming_uniform_(module.weight, nonlinearity="tanh")
 
-    def forward(self, h):
-        """(M, B, in) -> (M, B, out), one batched product per layer."""
-        for i, (weight, bias) in enumerate(zip(self.weights, self.biases)):
-            h = torch.baddbmm(bias, torch.tanh(h) if i else h, weight)
-        return h
+    def forward(self, x, eps, noise, held=0):
+        """x (B, 3) and standard normal eps (B, D) to y, Var(z|x), z (B, D) and x_hat (B, 3).
 
-
-class Stack(nn.Module):
-    """The autoencoders of all points and seeds of one model; a mask over D = max d sets each d."""
-
-    def __init__(self, points, generators):
-        super().__init__()
-        device, width, self.D = generators[0].device, points[0].width, max(p.d for p in points)
-        self.encoder = StackedMLP([3, width, width, 2 * self.D], generators, len(points))
-        self.decoder = StackedMLP([self.D, width, width, 3], generators, len(points))
-        settings = torch.tensor([[10 ** (-p.snr / 10), p.d, p.stochastic, p.fitted, p.held, p.c,
-                                  *p.beta, *p.lam] for p in points for _ in generators],
-                                device=device).T.contiguous()  # (10, M)
-        self.noise, d, *flags = settings[:5, :, None, None]  # (M, 1, 1); the channel's variance
-        self.stochastic, self.fitted, self.held = (flag > 0 for flag in flags)
-        self.c, self.beta, self.lam = settings[5], settings[6:8], settings[8:]  # (M,), then (2, M)
-        self.mask = (torch.arange(self.D, device=device) < d).float()  # (M, 1, D)
-
-    def encode(self, x):
-        """y and var of z = y + sqrt(var) eps. (M, B, 3) -> (M, B, D), (M, B, D)"""
-        y, logvar = self.encoder(x).chunk(2, -1)  # (M, B, D); clamped: exp and log stay finite
-        power = torch.where(self.held, y.var(1, keepdim=True), 1.0)  # (M, 1, D)
-        return y * self.mask, self.noise * power + self.stochastic * logvar.clamp(-30, 20).exp()
-
-    def target(self, z, gauss):
-        """Draws of each net's latent target, z (M, B, D), from standard normal ones, (M, C, D)."""
-        # gradients flow through the moments, as through r: held constant, they would shrink z
-        own = z.mean(1, keepdim=True) + z.std(1, keepdim=True) * gauss  # (M, C, D)
-        width = torch.where(self.stochastic, 1.0, 1 + self.noise).sqrt()  # f2: Var(y) = 1
-        return torch.where(self.fitted, own, width * gauss) * self.mask
+        noise: the channel's variance, in units of the signal's where held is 1.
+        """
+        y = self.encoder(x)
+        if self.stochastic:
+            y, logvar = y.chunk(2, 1)  # (B, D) each
+        var = noise * (1 + held * (y.var(0) - 1)).expand_as(y)
+        if self.stochastic:
+            var = var + logvar.clamp(-30, 20).exp()
+        z = y + var.sqrt() * eps  # Eq. (2), reparameterised as in Figure 2
+        return y, var, z, self.decoder(z)
 
 
 # --- objective -----------------------------------------------------------------------------------
 
-def information_rate(z, var, mask):
-    """Bits per neuron, 1/2 log2(Var(z_j) / var_j), Eq. (13), mean over points and neurons. (M,)"""
-    bits = 0.5 * (z.var(1).clamp(min=1e-30).log2() - var.expand_as(z).log2().mean(1))  # (M, D)
-    return (bits * mask[:, 0]).sum(1) / mask.sum((1, 2))  # 1e-30: no -inf * 0 where masked
+def information_rate(z, var):
+    """Bits per neuron, 1/2 log2(Var(z_j) / Var(z_j|x)), mean over points and neurons. Eq. (13)"""
+    return 0.5 * (z.var(0).log2() - var.log2().mean(0)).mean()
 
 
-def moment_penalty(y, mask):
-    """Squared deviations of means from 0 and variances from 1, mean over dimensions. (M,)"""
-    penalty = y.mean(1) ** 2 + (y.var(1) - 1) ** 2  # (M, D)
-    return (penalty * mask[:, 0]).sum(1) / mask.sum((1, 2))  # Table 2's latent regularisation
+def moment_penalty(y):
+    """Squared deviations of the means from 0 and the variances from 1, mean over dimensions."""
+    return (y.mean(0) ** 2 + (y.var(0) - 1) ** 2).mean()  # Table 2's latent regularisation
 
 
-def kl_to_standard(mu, var, mask):
-    """KL(N(mu, var) || N(0, 1)) in nats, sum over dimensions, mean over points. (M,)"""
-    return (0.5 * (mu ** 2 + var - 1 - var.log()) * mask).sum(2).mean(1)  # Eq. (9)
+def kl_to_standard(mu, var):
+    """KL(N(mu, var) || N(0, 1)) in nats, sum over dimensions, mean over points. Eq. (9)"""
+    return 0.5 * (mu ** 2 + var - 1 - var.log()).sum(1).mean()
 
 
 def squared_distances(a, b):
-    """||a_i - b_j||^2. (M, B, D), (M, C, D) -> (M, B, C)"""
-    norms = (a ** 2).sum(2)[:, :, None] + (b ** 2).sum(2)[:, None, :]
-    return torch.baddbmm(norms, a, b.transpose(1, 2), alpha=-2).clamp(min=0)  # rounding
+    """||a_i - b_j||^2. (B, D), (C, D) -> (B, C)"""
+    return ((a ** 2).sum(1)[:, None] + (b ** 2).sum(1) - 2 * a @ b.T).clamp(min=0)
 
 
-def median_heuristic(a, b, rows=32):
-    """Kernel width r: median squared distance among the first rows of a and b pooled. (M, 1, 1)"""
-    pooled = torch.cat([a[:, :rows], b[:, :rows]], 1)  # (M, 2 rows, D)
-    i, j = torch.triu_indices(pooled.shape[1], pooled.shape[1], 1, device=a.device)
-    distances = squared_distances(pooled, pooled)[:, i, j]  # (M, pairs)
-    return distances.median(1).values.clamp(min=1e-12)[:, None, None]  # all the same: no 0 / 0
+def median_heuristic(a, b):
+    """Kernel width r: the median squared distance among 32 points of a and 32 of b."""
+    pooled = torch.cat([a[:32], b[:32]])  # (64, D)
+    i, j = torch.triu_indices(len(pooled), len(pooled), 1, device=a.device)
+    return squared_distances(pooled, pooled)[i, j].median().clamp(min=1e-12)
 
 
 def mmd2(a, b, r):
-    """Unbiased MMD^2, kernel exp(-||x - y||^2 / r). (M, B, D), (M, C, D) -> (M,)"""
+    """Unbiased squared MMD with the kernel exp(-||x - y||^2 / r). (B, D), (C, D) -> ()"""
     def off_diagonal_mean(k):
-        n = k.shape[1]  # k(x, x) = 1 on the diagonal would bias the mean
-        return (k.sum((1, 2)) - k.diagonal(dim1=1, dim2=2).sum(1)) / (n * (n - 1))
-    aa, bb, ab = (torch.exp(-squared_distances(*pair) / r) for pair in ((a, a), (b, b), (a, b)))
-    return off_diagonal_mean(aa) + off_diagonal_mean(bb) - 2 * ab.mean((1, 2))
+        n = len(k)
+        return (k.sum() - k.diagonal().sum()) / (n * (n - 1))  # k(x, x) = 1 would bias it
+
+    aa = torch.exp(-squared_distances(a, a) / r)
+    bb = torch.exp(-squared_distances(b, b) / r)
+    ab = torch.exp(-squared_distances(a, b) / r)
+    return off_diagonal_mean(aa) + off_diagonal_mean(bb) - 2 * ab.mean()
+
+
+def latent_target(z, gauss, fitted):
+    """Draws of the latent target from standard normal ones: N(0, 1), or with z's own moments."""
+    # gradients flow through the moments: held constant, they would shrink z
+    own = z.mean(0) + z.std(0) * gauss
+    return gauss + fitted * (own - gauss)
 
 
 def annealed(start, end, t, tau):
-    """start + (end - start) min(1, t / tau): Eq. (6) for 0 to 1."""
+    """start + (end - start) min(1, t / tau), Eq. (6)."""
     return start + (end - start) * min(1.0, t / tau)
 
 
-def terms(stack, beta, lam, gauss, x, eps):
-    """TERMS (6, M) on x (M, B, 3), weighted by beta and lam (M,), and the latents z (M, B, D)."""
-    # standard normal: eps (M, B, D) and, for the MMD of C points, gauss (M, C, D) or None: no MMD
-    y, var = stack.encode(x)
-    z = (y + var.sqrt() * eps) * stack.mask  # Eq. (2), reparameterised as in Figure 2
-    mse = ((stack.decoder(z) - x) ** 2).mean((1, 2))  # Eq. (14)
-    moments, kl = moment_penalty(y, stack.mask), kl_to_standard(y, var, stack.mask)
-    mmd = torch.zeros_like(mse)
-    if gauss is not None:
-        a, b = z[:, :gauss.shape[1]], stack.target(z, gauss)  # (M, C, D), moments from B points
-        mmd = mmd2(a, b, median_heuristic(a, b))
-    total = mse + stack.c * moments + beta * kl + lam * mmd  # Eq. (5); c: Table 2
-    return torch.stack([mse, moments, kl, mmd, information_rate(z, var, stack.mask), total]), z
+def loss(x, y, var, z, x_hat, target=None, penalised="y", c=None, beta=None, lam=None):
+    """The total loss of one net, Eq. (5) with Table 2's penalty, and its terms.
+
+    Terms without a weight are left out. target: draws of the latent target (C, D), for the MMD.
+    """
+    terms = {"mse": ((x_hat - x) ** 2).mean()}  # Eq. (14)
+    total = terms["mse"]
+    if c is not None:
+        terms["penalty"] = moment_penalty(y if penalised == "y" else z)
+        total = total + c * terms["penalty"]
+    if beta is not None:
+        terms["kl"] = kl_to_standard(y, var)
+        total = total + beta * terms["kl"]
+    if lam is not None:
+        codes = z[:len(target)]
+        terms["mmd"] = mmd2(codes, target, median_heuristic(codes, target))
+        total = total + lam * terms["mmd"]
+    terms["rate"] = information_rate(z, var)
+    terms["total"] = total
+    return total, terms
 
 
 # --- train ---------------------------------------------------------------------------------------
 
-def train(points, seeds, name, epochs, n, device="cpu", compile=False, checkpoint=None):
-    """Train all points x seeds side by side: (Stack, epoch means of TERMS (epochs, 6, P, S)).
+def train(rows, seeds, name, steps, points, device="cpu"):
+    """Train all rows x seeds of one latent size side by side.
 
-    A seed has its own generator for nets, n training points, batches and noise: results depend on
-    no other seed nor, at equal D, other point. FloatingPointError where a loss is not finite.
+    Returns the nets' weights, stacked {name: (M, ...)} in the order (row, seed), and the log of the
+    loss's terms {term: (steps, R, S)}. A seed gives its nets one start, the same training points,
+    batches and noise. FloatingPointError where a loss is not finite.
     """
-    epochs *= points[0].longer  # the same for all points of a model, as is the width
-    P, S, steps = len(points), len(seeds), n // BATCH  # an incomplete last batch is left out
+    R, S, row = len(rows), len(seeds), rows[0]
     generators = [common.generator(seed, name, device) for seed in seeds]
-    stack = Stack(points, generators)
-    data = torch.stack([cube_surface(n, g) for g in generators])  # (S, n, 3)
-    use_mmd, loss = any(any(p.lam) for p in points), common.compiled(terms, compile)
-    optimiser = torch.optim.Adam(stack.parameters(), lr=RATE, fused=True)
-    parts = [stack, optimiser, *generators]  # without the data: the seeds draw it again
-    first, history = (checkpoint.restore(*parts) if checkpoint and checkpoint.state
-                      else (0, torch.zeros(epochs, len(TERMS), P * S, device=device)))
-    bar = tqdm(range(first, epochs), f"{name}, nets: {P * S}", epochs, initial=first, disable=None)
-    for epoch in bar:
-        beta, lam = (annealed(*ends, epoch, ANNEAL * epochs) for ends in (stack.beta, stack.lam))
-        order = torch.stack([torch.cat(common.batches(n, n, g)) for g in generators])  # (S, n)
-        x = data.gather(1, order[:, :, None].expand(-1, -1, 3)).repeat(P, 1, 1)  # (M, n, 3)
-        eps, gauss, values = draws(torch.randn, generators, P, n, stack.D), [None] * steps, []
-        if use_mmd:  # gauss: steps of (M, MMD_ROWS, D)
-            gauss = draws(torch.randn, generators, P, steps * MMD_ROWS, stack.D).split(MMD_ROWS, 1)
-        for i, batch in enumerate(zip(gauss, x.split(BATCH, 1), eps.split(BATCH, 1))):
-            done = (epoch * steps + i) / (epochs * steps)
-            optimiser.param_groups[0]["lr"] = RATE * min(1.0, 2 * (1 - done))
-            value, _ = loss(stack, beta, lam, *batch)  # (6, M)
-            optimiser.zero_grad()
-            value[-1].sum().backward()  # no weight is shared: the sum trains each on its own loss
-            optimiser.step()
-            values.append(value.detach())
-        values = torch.stack(values)  # (steps, 6, M)
-        history[epoch] = values.mean(0)
-        if not torch.isfinite(values).all():  # once an epoch: looking waits for the device
-            step, term, m = (~torch.isfinite(values)).nonzero()[0].tolist()
-            raise FloatingPointError(f"{points[m // S].name}: the term {TERMS[term]} is not finite "
-                                     f"at step {epoch * steps + step}")
-        bar.set_postfix_str(f"mse {history[epoch, 0].mean():.4f}", refresh=False)
-        if checkpoint and checkpoint.due():
-            checkpoint.save((epoch + 1, history), *parts)
-    return stack, history.view(epochs, len(TERMS), P, S)  # M to P, S: m = p * S + s
+    data = [cube_surface(row.points or points, g) for g in generators]
+    nets = [build(row, seed).to(device) for _ in rows for seed in seeds]
+    params, _ = stack_module_state(nets)  # {name: (M, ...)}
+    optimiser = torch.optim.Adam(params.values(), RATE, betas=(0.9, 0.99), fused=True)
+
+    def column(field):
+        """One number of all nets, (M,), or the two ends of a weight that is annealed."""
+        values = torch.tensor([getattr(row, field) for row in rows], dtype=torch.float)
+        return values.repeat_interleave(S, 0).to(device)
+
+    noise, held, fitted = column("noise"), column("held"), column("fitted")
+    beta_start, beta_end = column("beta").T
+    lam_start, lam_end = column("lam").T
+    use_kl, use_mmd = bool(beta_end.any()), bool(lam_end.any())
+    terms, weights = ["mse"], {}
+    if row.c:
+        weights["c"] = column("c")
+        terms.append("penalty")
+    if use_kl:
+        terms.append("kl")
+    if use_mmd:
+        terms.append("mmd")
+    terms += ["rate", "total"]
+
+    def loss_of_one(params, x, eps, gauss, noise, held, fitted, weights):
+        y, var, z, x_hat = functional_call(nets[0], params, (x, eps, noise, held))
+        target = None
+        if use_mmd:
+            target = latent_target(z, gauss, fitted)
+        return loss(x, y, var, z, x_hat, target, row.penalised, **weights)
+
+    def batch(x, g):
+        return x[torch.randint(len(x), (BATCH,), generator=g, device=device)]
+
+    def draw(n):
+        """Standard normal numbers (M, n, D), a seed's the same for all rows."""
+        own = [torch.randn(n, row.d, generator=g, device=device) for g in generators]
+        return torch.stack(own).repeat(R, 1, 1)
+
+    log = torch.zeros(steps, len(terms), R * S, device=device)
+    for step in common.steps(name, steps, log, terms, optimiser, *params.values(), *generators):
+        optimiser.param_groups[0]["lr"] = RATE * min(1, 2 * (1 - step / steps))
+        if use_kl:
+            weights["beta"] = annealed(beta_start, beta_end, step, ANNEAL * steps)  # (M,)
+        if use_mmd:
+            weights["lam"] = annealed(lam_start, lam_end, step, ANNEAL * steps)
+        x = torch.stack([batch(*both) for both in zip(data, generators)]).repeat(R, 1, 1)
+        eps, gauss = draw(BATCH), draw(MMD_ROWS)
+        total, values = vmap(loss_of_one)(params, x, eps, gauss, noise, held, fitted, weights)
+        optimiser.zero_grad()
+        total.sum().backward()  # the nets share no weight: each is trained on its own loss
+        optimiser.step()
+        log[step] = torch.stack([values[term] for term in terms]).detach()  # (T, M)
+    return params, dict(zip(terms, log.view(steps, len(terms), R, S).unbind(1)))
+
+
+def build(row, seed):
+    torch.manual_seed(common.generator(seed, f"net {row.d}").initial_seed())
+    return Autoencoder(row.d, row.stochastic)
 
 
 # --- evaluate ------------------------------------------------------------------------------------
 
+def mutual_information(y, var, z):
+    """Bounds (lower, upper) in bits on I(X; Z) from n points' codes z ~ N(y, var), each (n, D).
+
+    E log q(z|x) - E log mean_x' q(z|x'), where the mean counts x itself (lower, at most log2 n) or
+    leaves it out (upper). B. Poole et al., "On Variational Bounds of Mutual Information", 2019.
+    """
+    n, precision = len(z), 1 / var
+    # log q(z_i | x_j) = -1/2 sum_k [(z_ik - y_jk)^2 / var_jk + log var_jk] + constant  (n, n)
+    log_q = z @ (y * precision).T - 0.5 * (z ** 2) @ precision.T
+    log_q -= 0.5 * (y ** 2 * precision + var.log()).sum(1)
+    own = log_q.diagonal().clone()
+    lower = own - log_q.logsumexp(1) + math.log(n)
+    log_q.fill_diagonal_(-math.inf)
+    upper = own - log_q.logsumexp(1) + math.log(n - 1)
+    return lower.mean() / math.log(2), upper.mean() / math.log(2)
+
+
 def knn_kl(x, y, k=5):
     """KL(p_x || p_y) in nats from samples (n, D), (m, D), by k-th neighbours (Wang et al. 2009)."""
-    rho = torch.cdist(x, x, **EXACT).kthvalue(k + 1, dim=1).values  # k + 1: the first is itself
-    nu = torch.cdist(x, y, **EXACT).kthvalue(k, dim=1).values  # (n,), no point of y is one of x
+    exact = dict(compute_mode="donot_use_mm_for_euclid_dist")  # for close pairs, too
+    rho = torch.cdist(x, x, **exact).kthvalue(k + 1, dim=1).values  # k + 1: the first is itself
+    nu = torch.cdist(x, y, **exact).kthvalue(k, dim=1).values  # (n,), no point of y is one of x
     return x.shape[1] * (nu / rho).log().mean() + math.log(len(y) / (len(x) - 1))
-
-
-def energy_distance(x, y):
-    """Unbiased 2 E||X - Y|| - E||X - X'|| - E||Y - Y'||, 0 only for equal distributions."""
-    within = sum(torch.cdist(a, a, **EXACT).sum() / (len(a) * (len(a) - 1)) for a in (x, y))
-    return 2 * torch.cdist(x, y, **EXACT).mean() - within
 
 
 def analytic_rate(snr):
@@ -305,182 +337,439 @@ def analytic_rate(snr):
 
 
 def linear_code_mse(snr, d):
-    """MSE of the best linear code with d neurons of signal variance 1 at this SNR (dB)."""
-    sent = min(d, 3)  # d > 3: each coordinate gets d / 3 neurons' worth; d < 3: some are left out
-    return 5 / 9 * (1 - sent / 3 + (sent / 3) / (1 + d / sent * 10 ** (snr / 10)))
+    """MSE of the best linear code with d >= 3 neurons of signal variance 1 at this SNR (dB)."""
+    return VARIANCE / (1 + d / 3 * 10 ** (snr / 10))
+
+
+def linear_code_bits(snr, d):
+    """The most that this code can tell about x: that of a Gaussian source."""
+    return 1.5 * math.log2(1 + d / 3 * 10 ** (snr / 10))
 
 
 def shannon_lower_bound(bits):
     """Least MSE of any code for a surface of area 24; no bound below about 4 bits in total."""
-    return (2 / 3) * 24 * 2 ** (-bits) / (2 * math.pi * math.e)  # error in 2 of 3 dimensions
+    return 2 / 3 * 24 * 2 ** (-bits) / (2 * math.pi * math.e)  # error in 2 of 3 dimensions
 
 
 @torch.no_grad()
-def evaluate(stack, history, seeds, n, pairs=2000):
-    """Measure the nets that train returned on n held-out points, the same for all models.
+def evaluate(net, row, seed, n, device="cpu", codes=4000):
+    """Measure one net on n points that it was not trained on, the same for all nets of a seed.
 
-    Returns a work unit: weights, history, measures {name: (P, S)}, and the first seed's arrays x,
-    x_hat, generated (P, up to 1,000, 3), z (P, up to 1,000, D). rate is in bits per neuron, bits in
-    all of them, kl and knn_kl in nats; mmd, knn_kl and energy are of the first `pairs` points;
-    signal is Var(y); gap, the excess over the last epoch's MSE. Generated points are decoded draws
-    of the latent target: spread is their standard deviation (of the data: 0.745), surface their
-    distance to the cube, "face +x" etc. the share nearest to a face, faces the worst |share - 1/6|.
+    mse, total, rate (bits per neuron), information_low and _high (bits, of `codes` points), mmd,
+    generative_kl (nats, of 2,000 points) of decoded draws of the latent target, scatter (variance
+    of x_hat over the noise). Also returns the first 1,000 of x, x_hat and generated points.
     """
-    for_x, for_eps, for_target = ([common.generator(s, f"held-out {part}", stack.c.device)
-                                   for s in seeds] for part in ("x", "eps", "z"))
-    P, mask, d = history.shape[2], stack.mask, stack.mask.sum((1, 2))  # d (M,)
-    x = torch.stack([cube_surface(n, g) for g in for_x]).repeat(P, 1, 1)  # (M, n, 3)
-    eps = draws(torch.randn, for_eps, P, n, stack.D)
-    values, z = terms(stack, stack.beta[1], stack.lam[1], None, x, eps)  # (6, M), the MMD follows
-    target = stack.target(z, draws(torch.randn, for_target, P, n, stack.D))  # (M, n, D)
-    x_hat, generated = stack.decoder(z), stack.decoder(target)  # (M, n, 3)
-    share = nn.functional.one_hot(nearest_face(generated), 6).float().mean(1)  # (M, 6)
-    out = dict(zip(TERMS, values))  # {term: (M,)}
-    out |= zip((f"face {side}{axis}" for axis in "xyz" for side in "-+"), share.T)
-    out |= {"gap": out["mse"] / history[-1, 0].view(-1) - 1, "bits": out["rate"] * d,
-            "signal": (stack.encode(x)[0].var(1) * mask[:, 0]).sum(1) / d,
-            "spread": generated.var(1).mean(1).sqrt(), "faces": (share - 1 / 6).abs().amax(1),
-            "surface": surface_distance(generated).mean(1)}
-    values = []
-    for m in tqdm(range(len(x)), f"measuring, nets: {len(x)}", disable=None, leave=False):
-        a, b = z[m:m + 1, :pairs], target[m:m + 1, :pairs]  # (1, pairs, D)
-        clouds = x[m, :pairs], generated[m, :pairs]  # (pairs, 3)
-        values.append(torch.stack([mmd2(a, b, median_heuristic(a, b, 500))[0], knn_kl(*clouds),
-                                   energy_distance(*clouds)]))
-    out |= zip(("mmd", "knn_kl", "energy"), torch.stack(values, 1))  # (3, M)
-    out["total"] += stack.lam[1] * out["mmd"]  # terms left it out
-    arrays = {"x": x, "x_hat": x_hat, "generated": generated, "z": z}
-    return {"weights": stack.state_dict(), "history": history.cpu(),
-            "measures": {key: value.view(P, -1).cpu() for key, value in out.items()},
-            "arrays": {key: v[::len(seeds), :1000].cpu().clone() for key, v in arrays.items()}}
+    def draw(what):
+        g = common.generator(seed, f"held-out {what}", device)
+        return torch.randn(n, row.d, generator=g, device=device)
+
+    x = cube_surface(n, common.generator(seed, "held-out", device))
+    y, var, z, x_hat = net(x, draw("noise"), row.noise, row.held)
+    target = latent_target(z, draw("target"), row.fitted)
+    if row.c:
+        target = target * (1 + row.noise) ** 0.5  # f2 holds Var(y) at 1
+    generated = net.decoder(target)
+    mse = ((x_hat - x) ** 2).mean()
+    a, b = z[:2000], target[:2000]
+    mmd = mmd2(a, b, median_heuristic(a, b))
+    total = mse + row.beta[1] * kl_to_standard(y, var) + row.lam[1] * mmd
+    total = total + row.c * moment_penalty(y if row.penalised == "y" else z)
+    low, high = mutual_information(y[:codes], var[:codes], z[:codes])
+    again = []
+    for i in range(8):
+        again.append(net(x, draw(f"noise {i}"), row.noise, row.held)[3])
+    measures = {"mse": mse, "total": total, "rate": information_rate(z, var), "mmd": mmd,
+                "information_low": low, "information_high": high,
+                "generative_kl": knn_kl(x[:2000], generated[:2000]),
+                "scatter": torch.stack(again).var(0).mean()}
+    measures = {key: value.item() for key, value in measures.items()}
+    arrays = {"x": x[:1000].cpu(), "x_hat": x_hat[:1000].cpu(), "generated": generated[:1000].cpu()}
+    return measures, arrays
 
 
-# --- search --------------------------------------------------------------------------------------
+def evaluate_row(row, weights, seeds, args, apart=False):
+    """Of one row's nets, one a seed: {"weights", "measures": {name: (S,)}, "arrays" of the first}.
 
-def tuned_point(beta, lam):
-    """f5 with weights that rise from a tenth to beta and lam, as in the document's own log."""
-    return Point("f5 tuned", 15, 6, beta=(beta / 10, beta), lam=(lam / 10, lam))
+    apart: measure on other points than the tables', for choosing rows by their results.
+    """
+    measures, arrays = [], []
+    for seed, state in zip(seeds, weights):
+        net = Autoencoder(row.d, row.stochastic)
+        net.load_state_dict(state)
+        net.to(args.device)
+        if apart:
+            one = evaluate(net, row, seed + 2 ** 32, args.held_out, args.device, codes=500)
+        else:
+            one = evaluate(net, row, seed, args.held_out, args.device)
+        measures.append(one[0])
+        arrays.append(one[1])
+    stacked = {key: torch.tensor([one[key] for one in measures]) for key in measures[0]}
+    return {"weights": weights, "measures": stacked, "arrays": arrays[0]}
 
 
-def propose(trials, space, seed, count):
-    """`count` proposals {parameter: value} of Optuna's TPE sampler after these trials."""
-    # It starts anew from the seed and is told all earlier trials, so that a search continued later
-    # proposes what an undisturbed one would.
+def train_and_evaluate(rows, seeds, name, args, apart=False):
+    """A work unit: of each row what evaluate_row returns, with the log in at most 100 blocks."""
+    params, log = train(rows, seeds, name, args.steps, args.points, args.device)
+    nets = [{key: value[m].detach().cpu() for key, value in params.items()}
+            for m in range(len(rows) * len(seeds))]
+    found = []
+    for r, row in enumerate(rows):
+        weights = nets[r * len(seeds):(r + 1) * len(seeds)]
+        one = evaluate_row(row, weights, seeds, args, apart)
+        one["log"] = {term: block_means(values[:, r]).cpu() for term, values in log.items()}
+        at_the_end = one["log"]["mse"][-5:].mean(0)  # (S,), on training points
+        one["measures"]["gap"] = one["measures"]["mse"] / at_the_end - 1
+        found.append(one)
+    return found
+
+
+def block_means(values, blocks=100):
+    """(steps, S) -> (blocks, S)"""
+    return torch.stack([part.mean(0) for part in values.chunk(blocks)])
+
+
+def yardsticks(seed, n):
+    """The generative KL of clouds that no net has made: table rows, beside n points of the cube."""
+    normal = torch.randn(n, 3, generator=common.generator(seed, "normal"))
+    solid = torch.rand(n, 3, generator=common.generator(seed, "solid")) * 2 - 1
+    others = cube_surface(n, common.generator(seed, "others"))
+    clouds = {"other points of the surface": others,
+              "the surface, with noise of 0.05": others + 0.05 * normal,
+              "a sphere of the same variance": nn.functional.normalize(normal) * (5 / 3) ** 0.5,
+              "the solid cube": solid,
+              "a Gaussian of the same variance": normal * VARIANCE ** 0.5,
+              "a single point (noise of 0.001)": normal * 0.001}
+    x = cube_surface(n, common.generator(seed, "held-out"))
+    return [{"cloud": name, "generative KL": f"{knn_kl(x, cloud).item():.3g}"}
+            for name, cloud in clouds.items()]
+
+
+# --- the plane of beta and lambda, and the search ------------------------------------------------
+
+def best_of(cells, beta=False, lam=False):
+    """The row of least generative KL, by the mean over seeds, among those with these weights."""
+    best, least = None, math.inf
+    for row, found in cells.items():
+        kl = found["measures"]["generative_kl"].mean().item()
+        if (row.beta[1] > 0) == beta and (row.lam[1] > 0) == lam and kl < least:
+            best, least = row, kl
+    return best
+
+
+def propose(trials, seed, count):
+    """`count` proposals (beta, lambda) of Optuna's TPE sampler after these trials.
+
+    It starts anew from the seed and is told all earlier trials, so that a search that is continued
+    proposes what an undisturbed one would.
+    """
     import optuna
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    space = {key: optuna.distributions.FloatDistribution(*ends, log=True)
-             for key, ends in space.items()}
-    study = optuna.create_study(sampler=optuna.samplers.TPESampler(
-        seed=seed, n_startup_trials=count, constant_liar=True))  # first round at random
+    space = {"beta": optuna.distributions.FloatDistribution(*SEARCH_BETA, log=True),
+             "lam": optuna.distributions.FloatDistribution(*SEARCH_LAMBDA, log=True)}
+    sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=count, constant_liar=True)
+    study = optuna.create_study(sampler=sampler)
     for trial in trials:
-        study.add_trial(optuna.trial.create_trial(
-            params={key: trial[key] for key in space}, distributions=space, value=trial["knn_kl"]))
-    return [study.ask(space).params for _ in range(count)]  # asked at once, spread by constant_liar
+        params = {"beta": trial["beta"], "lam": trial["lam"]}
+        known = optuna.trial.create_trial(params=params, distributions=space,
+                                          value=trial["generative_kl"])
+        study.add_trial(known)
+    return [study.ask(space).params for _ in range(count)]  # constant_liar spreads them
 
 
-def search(trials, seeds, name, count=8, **options):
-    """The next trials [{beta, lam, knn_kl}], knn_kl on points of their own; options as of train."""
-    seed = common.generator(seeds[0], name).initial_seed() % 2 ** 32  # NumPy's limit
-    proposals = propose(trials, SEARCH, seed, count)
-    points = [tuned_point(**proposal) for proposal in proposals]
-    own = [s + 2 ** 32 for s in seeds]  # points apart from the table's: no bias by selection
-    found = evaluate(*train(points, seeds, name, **options), own, 2000)["measures"]["knn_kl"]
-    return [dict(p, knn_kl=value.item()) for p, value in zip(proposals, found.mean(1))]
+def search(run, seeds, args, count=8):
+    """Optuna's trials [{beta, lam, generative_kl}], and the nets {row: found} that they trained."""
+    trials, nets = [], {}
+    while len(trials) < args.trials:
+        name = f"search-{len(trials)}"
+        seed = common.generator(seeds[0], name).initial_seed() % 2 ** 32  # NumPy's limit
+        rows = [weighted(p["beta"], p["lam"]) for p in propose(trials, seed, count)]
+        found = run.unit(name, lambda: train_and_evaluate(rows, seeds, name, args, apart=True))
+        nets.update(zip(rows, found))
+        for row, one in zip(rows, found):
+            kl = one["measures"]["generative_kl"].mean().item()
+            trials.append({"beta": row.beta[1], "lam": row.lam[1], "generative_kl": kl})
+    return trials, nets
 
 
 # --- plot ----------------------------------------------------------------------------------------
-# fits: {point: {history (epochs, 6, S), measures {name: (S,)}, arrays {name: (n, ...)}}}
 
-def plot_clouds(fits, names):
-    """Rows of 3-D clouds on the same axes: the arrays of these names, of all points."""
-    columns, limits, ticks = len({(p.name, p.d) for p in fits}), (-1.3, 1.3), (-1, 0, 1)
-    fig, axes = common.panels(math.ceil(len(names) * len(fits) / columns), columns,
-                              max(2.1, 4.5 / columns), 2.4, subplot_kw={"projection": "3d"})
-    for ax, (name, p) in zip(axes, itertools.product(names, fits)):
-        arrays = fits[p]["arrays"]
-        face = nearest_face(arrays["generated" if name == "generated" else "x"])
-        ax.scatter(*arrays[name].T.numpy(), c=[common.COLOURS[f] for f in face], s=3, linewidths=0)
+def plot_clouds(fits, names, columns):
+    """Rows of 3-D clouds, the arrays of these names; each point has the colour of its face."""
+    rows = math.ceil(len(fits) / columns)
+    fig, axes = common.panels(len(names) * rows, columns, 2.5, 2.6,
+                              subplot_kw={"projection": "3d"})
+    for i, name in enumerate(names):
+        for k, (row, found) in enumerate(fits.items()):
+            ax = axes[i * rows * columns + k]
+            arrays = found["arrays"]
+            faces = nearest_face(arrays["generated" if name == "generated" else "x"])
+            colours = [common.COLOURS[face] for face in faces]
+            ax.scatter(*arrays[name].T.numpy(), c=colours, s=3, lw=0)
+            ax.set_title(str(row) if i == 0 else "", fontsize="large")
+    for ax in axes:
+        limits, ticks = (-1.3, 1.3), (-1, 0, 1)
         ax.set(xlim=limits, ylim=limits, zlim=limits, xticks=ticks, yticks=ticks, zticks=ticks)
-        ax.set_box_aspect((1, 1, 1), zoom=1.1)
-        ax.tick_params(labelsize=6, pad=-3)
-        ax.set_title("" if name == "x" else p, fontsize="small")
+        ax.set_xlabel("x", labelpad=-8)
+        ax.set_ylabel("y", labelpad=-8)
+        ax.set_zlabel("z", labelpad=-9)
+        ax.tick_params(labelsize=7, pad=-4)
+        ax.set_box_aspect((1, 1, 1), zoom=0.95)
+    for face, label in enumerate(["-x", "+x", "-y", "+y", "-z", "+z"]):
+        axes[0].scatter([], [], [], color=common.COLOURS[face], label=f"face {label}")
+    fig.legend(loc="outside lower center", ncols=6, fontsize="large", markerscale=1.5)
     return fig
 
 
-def plot_latents(fits, names):
-    """Histograms of every latent dimension against N(0, 1)."""
-    u = torch.linspace(-4, 4, 161)
-    normal = ("N(0, 1)", u, (-u ** 2 / 2).exp() / math.sqrt(2 * math.pi), dict(color="k", ls="--"))
-    fig = common.plot_lines({p: ([normal], dict(ylabel="density")) for p in fits}, 4, 3, 2.6)
-    for ax, (p, found) in zip(fig.axes, fits.items()):
-        z = found["arrays"]["z"][:, :p.d].numpy()  # below: a density, also where tails are cut off
-        ax.hist(z, 32, range=(-4, 4), weights=0 * z + 4 / len(z), histtype="step", lw=0.8)
-        ax.set(xlabel="latent z", ylim=(0, 0.9), title=f"{p}\nvariance {z.var(0).mean():.3g}")
+def plot_training(f2, f5):
+    """Logs {term: (blocks, S)} of f2 and f5 beside those of Tables 2 and 5."""
+    fig, axes = common.panels(1, 4, 3.3, 3.2)
+    plot_log(axes[0], f2["total"], range(0, 1000, 100), TABLE_2, "f2, 15 dB, d=6: total loss")
+    plot_log(axes[1], f2["rate"], range(0, 1000, 100), TABLE_2_BITS, "f2: bits per neuron")
+    plot_log(axes[2], f5["total"], TABLE_5_EPOCHS, TABLE_5, "f5 annealed: total loss")
+    plot_log(axes[3], f5["mmd"], TABLE_5_EPOCHS, TABLE_5_MMD, "f5 annealed: MMD²")
+    axes[0].set_yscale("log")
+    axes[2].set_yscale("log")
+    axes[0].legend(fontsize="small")
     return fig
 
 
-def plot_training(fits, names):
-    """Annealed weights and TERMS of these names over the epochs, means of the seeds."""
-    def curve(p, history, name):
-        if name in TERMS:
-            return history[:, TERMS.index(name)].mean(-1)
-        tau = ANNEAL * len(history)  # below: no 0 on a logarithmic axis
-        return [annealed(*getattr(p, name), t, tau) or math.nan for t in range(len(history))]
-    return common.plot_lines({NAMES[name]: (
-        [(str(p), None, curve(p, found["history"], name),
-          dict(color=common.COLOURS[i % 8], ls=("-", "--")[i // 8 % 2]))
-         for i, (p, found) in enumerate(fits.items())],
-        dict(xlabel="epoch", yscale="linear" if name in ("mmd", "rate") else "log"))
-        for name in names}, columns=5)
+def plot_log(ax, values, epochs, published, title):
+    """Our blocks (blocks, S) and the document's figures over the share of the training."""
+    blocks = torch.arange(1, len(values) + 1) / len(values)
+    lines = ax.plot(blocks, values, color=common.COLOURS[0], lw=0.8)
+    lines[0].set_label("here, each seed")
+    share = [epoch / epochs[-1] for epoch in epochs]
+    ax.plot(share, published, "o", color=common.COLOURS[3], ms=4, label="document")
+    ax.set_xlabel("share of the training")
+    ax.set_title(title, fontsize="medium")
 
 
-def plot_rates(fits, names):
-    """The MSE against the total information rate, best linear codes of each size, lower bound."""
-    series = {}  # {(row, d): its (bits, mse)}
-    for p, found in fits.items():
-        series.setdefault((p.name.split(" beta")[0], p.d), []).append(
-            [found["measures"][name].mean().item() for name in names])
-    colours = dict(zip(sorted({d for _, d in series}), itertools.cycle(common.COLOURS)))
-    marks = dict(zip(dict.fromkeys(name for name, _ in series), itertools.cycle("voDXs^P*<>p")))
-    lines = [(f"{name}, d={d}", *zip(*pairs), dict(color=colours[d], marker=marks[name], lw=0.8))
-             for (name, d), pairs in series.items()]
-    dbs, bits = range(-20, 26), torch.linspace(4, 30, 50)
-    lines += [(f"best linear code, d={d}", [d * analytic_rate(snr) for snr in dbs],
-               [linear_code_mse(snr, d) for snr in dbs], dict(color=colour, ls="--"))
-              for d, colour in colours.items()]
-    lines += [("Shannon lower bound (high rate)", bits, shannon_lower_bound(bits), {"color": "k"})]
-    return common.plot_lines({"colour: latent size d": (lines, dict(
-        xlim=(0, None), ylim=(1e-4, 1), yscale="log", xlabel="total information rate (bits)",
-        ylabel="MSE per coordinate, held-out points"))}, width=7, height=5)
+def plot_rate_distortion(fits):
+    """MSE over the mutual information, and over the document's rate of all neurons."""
+    fig, (left, right) = common.panels(1, 2, 4.6, 4.4, sharey=True)
+    markers = {"f1": "v", "f2": "o", "f3": "D", "f4": "X", "f5": "P", "f6": "s"}
+    colours = {2: common.COLOURS[0], 4: common.COLOURS[1], 6: common.COLOURS[3],
+               8: common.COLOURS[4]}  # of latent sizes, from run to run
+    for row, found in fits.items():
+        style = dict(color=colours.get(row.d, "grey"), marker=markers[row.name[:2]], ms=5)
+        means = {key: values.mean().item() for key, values in found["measures"].items()}
+        low, high, mse = means["information_low"], means["information_high"], means["mse"]
+        left.plot([low, high], [mse, mse], color=style["color"], lw=0.8)
+        left.plot((low + high) / 2, mse, **style)
+        right.plot(row.d * means["rate"], mse, **style)
+    snrs, bits = range(0, 26), torch.linspace(4, 14, 50)
+    for d in (4, 6, 8):
+        mse = [linear_code_mse(snr, d) for snr in snrs]
+        right.plot([d * analytic_rate(snr) for snr in snrs], mse, "--", color=colours[d], lw=0.8)
+    left.plot([linear_code_bits(snr, d) for snr in snrs], mse, "--", color="grey", lw=0.8)
+    for ax in (left, right):
+        ax.plot(bits, shannon_lower_bound(bits), "k", lw=1)
+    left.set(xlabel="I(X; Z) in bits, between its bounds", ylabel="MSE, held-out points",
+             yscale="log", ylim=(1e-4, 1), xlim=(0, 14))
+    right.set(xlabel="the document's rate: d times bits per neuron", xlim=(0, 30))
+    for name, marker in markers.items():
+        right.plot([], [], marker, color="grey", label=name)
+    for d, colour in colours.items():
+        right.plot([], [], color=colour, label=f"d = {d}")
+    right.plot([], [], "--", color="grey", lw=0.8, label="best linear code")
+    right.plot([], [], "k", lw=1, label="Shannon bound\n(high rate)")
+    fig.legend(loc="outside right", fontsize="small")
+    fig.set_figwidth(fig.get_figwidth() + 1.5)
+    return fig
 
 
-def pictures(run, fits, trials):
-    """Save all figures: clouds and latents of the first seed, curves as means over the seeds."""
-    f2, standard, fitted = ([p for p in fits if p.name == name]
-                            for name in ("f2", "f4 standard", "f4 fitted"))
-    heads = [p for p in fits if p.name in HEADS and p.snr in (15, NO_CHANNEL) and p.d == 6]
-    heads, moving = heads or list(fits)[:4], [p for p in fits if p.beta[0] != p.beta[1]]
-    for name, plot, parts, points, title in (
-            ("target", plot_clouds, ["x"], heads[:1], "Figure 1: targets"),
-            ("f2", plot_clouds, ["x_hat"], f2, "Figure A: f2, reconstructions"),
-            ("f4_standard", plot_clouds, ["generated"], standard, "Figure B: f4, target N(0, 1)"),
-            ("f4_fitted", plot_clouds, ["generated"], fitted, "Figure C: f4, fitted Gaussian"),
-            ("models", plot_clouds, ["x_hat", "generated"], heads,
-             "Reconstructions (top) and generated points (bottom)"),
-            ("latents", plot_latents, ["z"], heads, "Latent marginals"),
-            ("training", plot_training, ["total", "rate"], f2, "f2: loss, information rate"),
-            ("annealing", plot_training, ["beta", "lam", "mse", "kl", "mmd"], moving, "Annealing"),
-            ("rate_distortion", plot_rates, ["bits", "mse"], fits, "Rate and distortion")):
-        if points:
-            run.figure(plot({p: fits[p] for p in points}, parts), name, title)
-    if trials:
-        kl, dots = [trial["knn_kl"] for trial in trials], dict(marker="o", ls="")
-        beta, lam = ([trial[key] for trial in trials] for key in ("beta", "lam"))
-        charts = {f"against {label}": (
-            [("", x, kl, dots)], dict(xlabel=label, xscale=scale, yscale="log", ylabel="KL (nats)"))
-            for label, x, scale in (("trial", None, "linear"), ("final β", beta, "log"),
-                                    ("final λ", lam, "log"))}
-        run.figure(common.plot_lines(charts, legend=None), "search", "f5 tuned: generative KL")
+def plot_plane(cells, trials):
+    """Heat maps of the generative KL and the MSE over the weights, with the document's points."""
+    fig, (left, right) = common.panels(1, 2, 5.2, 4.6)
+    picture, bar = plot_cells(left, cells, "generative_kl", "generative KL (nats)")
+    plot_cells(right, cells, "mse", "MSE per coordinate")
+    f4 = cells[best_of(cells, lam=True)]["measures"]["generative_kl"].mean().item()
+    bar.ax.axhline(math.log10(f4), color=common.COLOURS[3], lw=2)
+    bar.ax.set_xlabel("line:\nbest f4", fontsize="x-small")
+    for trial in trials:  # cells lie a decade apart: 0.001 at place 1 of BETAS, 0.1 at 1 of LAMBDAS
+        x, y = math.log10(trial["beta"]) + 4, math.log10(trial["lam"]) + 2
+        colour = picture.to_rgba(math.log10(trial["generative_kl"]))
+        left.plot(x, y, "o", ms=6, color=colour, mec="white", mew=0.8)
+    return fig
+
+
+def plot_cells(ax, cells, measure, title):
+    """One heat map, in logarithms, with the document's weights marked: (image, colour bar)."""
+    means = torch.stack([found["measures"][measure].mean() for found in cells.values()])
+    grid = means.view(len(LAMBDAS), len(BETAS))
+    picture = ax.imshow(grid.log10(), cmap="viridis_r", origin="lower", aspect="auto")
+    for i in range(len(LAMBDAS)):
+        for j in range(len(BETAS)):
+            dark = picture.norm(grid[i, j].log10().item()) > 0.5
+            ax.text(j, i, f"{grid[i, j]:.2g}", ha="center", va="center", fontsize="small",
+                    color="white" if dark else "black")
+    for lam, label in ((1, "f5 annealed"), (0.1, "f5 Optuna")):
+        place = BETAS.index(10), LAMBDAS.index(lam)
+        ax.plot(*place, "s", ms=30, mfc="none", mec=common.COLOURS[1], mew=2)
+        ax.annotate(label, place, (0, -23), textcoords="offset points", ha="center",
+                    fontsize="small", color=common.COLOURS[1])
+    ax.set_xticks(range(len(BETAS)), BETAS)
+    ax.set_yticks(range(len(LAMBDAS)), LAMBDAS)
+    ax.set_xlabel("β, weight of the KL (left column: f4)")
+    ax.set_ylabel("λ, weight of the MMD² (bottom row: f3)")
+    ax.set_title(title, fontsize="medium")
+    bar = ax.figure.colorbar(picture, ax=ax, format=lambda power, _: f"{10 ** power:.2g}")
+    return picture, bar
+
+
+def plot(run, fits, cells, trials):
+    """All figures that the rows there are allow; clouds are the first seed's."""
+    for model, array, columns, title in (
+            ("f2", "x_hat", 4, "Figure A: f2, reconstructions"),
+            ("f4 standard", "generated", 3, "Figure B: f4, target N(0, 1), generated"),
+            ("f4 fitted", "generated", 3, "Figure C: f4, target with own moments, generated")):
+        rows = {row: found for row, found in fits.items() if row.name == model}
+        if rows:
+            run.figure(plot_clouds(rows, [array], columns), model.replace(" ", "_"), title)
+    heads = {}
+    for row, found in fits.items():
+        if row.name in HEADS and row.d == 6 and row.snr in (15, NO_CHANNEL):
+            heads[row] = found
+    if heads:
+        first = dict(list(heads.items())[:1])
+        run.figure(plot_clouds(first, ["x"], 1), "target", "Figure 1: targets")
+        run.figure(plot_clouds(heads, ["x_hat", "generated"], len(heads)), "models",
+                   "Reconstructions (top) and generated points (bottom)")
+    logs = {row.name: found["log"] for row, found in heads.items()}
+    if "f2" in logs and "f5 annealed" in logs:
+        run.figure(plot_training(logs["f2"], logs["f5 annealed"]), "training",
+                   f"Training in batches of {BATCH}, beside the document's logs")
+    if fits:
+        run.figure(plot_rate_distortion(fits), "rate_distortion", "Information and distortion")
+    if cells:
+        run.figure(plot_plane(cells, trials), "plane", "The plane of both weights, 15 dB, d=6")
+
+
+# --- verdicts ------------------------------------------------------------------------------------
+
+def learned(measures):
+    """Is the MSE below half of the mean's? Else no "yes" is earned."""
+    return measures["mse"].mean() < VARIANCE / 2
+
+
+def published(at, claim, row, measure, figure, **options):
+    """[Row of a published figure], [] where the row was not trained."""
+    if row not in at:
+        return []
+    return [common.reproduced(claim, figure, at[row][measure], **options)]
+
+
+def order(at, claim, low, high, measure="generative_kl"):
+    """[Row of the claim that low, which must have learned, has less of this measure than high]."""
+    if low not in at or high not in at:
+        return []
+    earned = learned(at[low])
+    return [common.ordered(claim, at[low][measure], at[high][measure], earned)]
+
+
+def claims(at):
+    """The closing table, as far as the rows {name: measures} go."""
+    f1, f2, f3 = "f1, 15 dB, d=6", "f2, 15 dB, d=6", "f3 β=0.1, d=6"
+    f4, f4_of_6 = "f4 fitted, 15 dB, d=8", "f4 fitted, 15 dB, d=6"
+    f5, f5_optuna = "f5 annealed, 15 dB, d=6", "f5 Optuna, 15 dB, d=6"
+    standard, lower = "f4 standard, 15 dB, d=8", dict(better="lower")
+    table = published(at, "Table 1: f1, 15 dB, MSE", f1, "mse", 0.0920, **lower)
+    table += published(at, "Table 2: f2, 15 dB, d=6, total loss", f2, "total", 0.0052, **lower)
+    table += published(at, "Table 2: bits per neuron", f2, "rate", 2.528, tolerance=0.03)
+    table += published(at, "Table 3: f3, β=1, total loss", "f3 β=1, d=6", "total", 0.3467, **lower)
+    table += published(at, "Table 3: f3, β=0.1, total loss", f3, "total", 0.3467, fitted=True)
+    table += published(at, "Table 4: f4, d=8, MSE + MMD²", f4, "total", 0.0450, **lower)
+    table += published(at, "Table 4: f4 standard, MSE + MMD²", standard, "total", 0.0450, **lower)
+    table += published(at, "Table 5: f5 annealed, total loss", f5, "total", 0.4364, **lower)
+    table += claims_about_f2(at)
+    table += order(at, "f2 reconstructs better than f1", f2, f1, "mse")
+    table += order(at, "f2 reconstructs better than f3", f2, f3, "mse")
+    table += order(at, "f2 reconstructs better than f4", f2, f4_of_6, "mse")
+    table += order(at, "f3 scatters more than f2", f2, f3, "scatter")
+    table += order(at, "f4 generates better than f2", f4_of_6, f2)
+    table += order(at, "f4 generates better than f3, at their best", "best f4", "best f3")
+    table += order(at, "f4 generates better at d=8 than at 6", f4, f4_of_6)
+    table += order(at, "f4 generates better at d=8 than at 4", f4, "f4 fitted, 15 dB, d=4")
+    table += order(at, "f4 generates better than f5 annealed", f4, f5)
+    table += order(at, "f5 annealed generates better than f5 Optuna", f5, f5_optuna)
+    table += order(at, "no weights of the plane lift f5 above f4", "best f4", "best f5")
+    table += order(at, "no weights of the search lift f5 above f4", "best f4", "f5 tuned")
+    return table
+
+
+def claims_about_f2(at):
+    """Rows of what the document says of f2 over all SNRs and latent sizes."""
+    grid = {}
+    for snr in SNRS["f2"]:
+        for d in SIZES["f2"]:
+            grid[snr, d] = at.get(f"f2, {snr} dB, d={d}")
+    if not all(grid.values()):
+        return []
+    falls, rises = [], []
+    for d in SIZES["f2"]:
+        middle = grid[15, d]
+        for snr in (5, 10):
+            noisier = grid[snr, d]["mse"]
+            falls.append(common.ordered("", middle["mse"], noisier, learned(middle)))
+        inside = 2.2 <= middle["rate"].mean() <= 3.5  # the document's range at 15 dB
+        for low, high in ((5, 10), (10, 15), (15, 20)):
+            rises.append(common.ordered("", grid[low, d]["rate"], grid[high, d]["rate"], inside))
+    table = [common.throughout("f2: MSE at 15 dB below those at 5 and 10", falls),
+             common.throughout("f2: rate rises with SNR, 2.2-3.5 bits at 15", rises)]
+    here = grid.pop((15, 6))
+    table.append(efficient("f2: 15 dB, d=6 is efficient", here, grid.values()))
+    few, few_at_20 = at.get("f2 few, 15 dB, d=6"), at.get("f2 few, 20 dB, d=6")
+    if few and few_at_20:
+        table.append(common.ordered("f2 on 1,000 points overfits more at 20 dB", few["gap"],
+                                    few_at_20["gap"], learned(few_at_20)))
+    return table
+
+
+def efficient(claim, here, rivals):
+    """Row: no rival has both less error and less information, by two standard errors.
+
+    The rival has less, or more, where the bounds on both informations are apart; else it is open.
+    """
+    better = undecided = 0
+    for rival in rivals:
+        less_error = common.ordered("", rival["mse"], here["mse"])["verdict"]
+        less = common.ordered("", rival["information_high"], here["information_low"])["verdict"]
+        more = common.ordered("", here["information_high"], rival["information_low"])["verdict"]
+        if less_error == "yes" and less == "yes":
+            better += 1
+        elif less_error == "yes" and more != "yes":
+            undecided += 1
+    verdict = "yes"
+    if better or here["mse"].mean() > linear_code_mse(15, 6):
+        verdict = "no"
+    elif undecided:
+        verdict = "open"
+    return dict(claim=claim, document="yes", verdict=verdict,
+                here=f"{better} rivals better, {undecided} undecided")
+
+
+def linear_ratios(at):
+    """Row without a verdict: f2's MSE beside the best linear code's."""
+    ratios = []
+    for snr in SNRS["f2"]:
+        for d in (4, 6, 8):
+            if f"f2, {snr} dB, d={d}" in at:
+                mse = at[f"f2, {snr} dB, d={d}"]["mse"].mean().item()
+                ratios.append(mse / linear_code_mse(snr, d))
+    return ratios
+
+
+def models_table(at):
+    """All rows with what was measured, means of the seeds."""
+    table = []
+    for name, measures in at.items():
+        low = round(measures["information_low"].mean().item(), 2) + 0.0  # no negative zero
+        high = round(measures["information_high"].mean().item(), 2) + 0.0
+        table.append({"model": name, "MSE": common.show(measures["mse"]),
+                      "bits a neuron": common.show(measures["rate"]),
+                      "I(X;Z), bits": f"{low} to {high}",
+                      "generative KL": common.show(measures["generative_kl"])})
+    return table
 
 
 # --- main ----------------------------------------------------------------------------------------
@@ -488,112 +777,93 @@ def pictures(run, fits, trials):
 def arguments(argv=None):
     parser, number = common.Parser(__doc__, PRESETS), common.number
     add = parser.add
-    add("--models", nargs="+", choices=list(MODELS), default=list(MODELS), help="models to train")
+    add("--models", nargs="+", choices=list(SNRS), default=list(SNRS), help="models to train")
     add("--snr", nargs="+", type=number(float, -20, 60), metavar="DB",
-        help="SNRs in dB in place of the models' own (f3, f6 have no channel)")
+        help="SNRs in dB in place of the models' own (f3 has no channel)")
     add("--latent", nargs="+", type=number(int, 1, 64), metavar="D", help="likewise latent sizes")
-    add("--seeds", type=number(int, 1, 100), help="seeds, counted from --seed")
-    add("--epochs", type=number(int, 1, 10**6), help=f"passes in batches of {BATCH}")
-    add("--points", type=number(int, BATCH, 10**6), help="training points")
-    add("--held-out", type=number(int, 100, 10**5), help="points to measure on")
-    add("--tune", action="store_true", help="also search f5's weights with Optuna, at 15 dB, d=6")
-    add("--trials", type=number(int, 1, 10**4), help="trials of a search, rounded up to eights")
+    add("--seeds", type=number(int, 1, 100), help="seeds, counted from --seed; 1: no verdicts")
+    add("--steps", type=number(int, 1, 10**7), help=f"steps of Adam, in batches of {BATCH}")
+    add("--points", type=number(int, 1, 10**7), help="training points")
+    add("--held-out", type=number(int, 100, 10**6), help="points to measure on")
+    add("--tune", action="store_true", help="also search f5's weights with Optuna")
+    add("--trials", type=number(int, 1, 10**4), help="trials of --tune, rounded up to eights")
     args = parser.parse(argv)
-    args.models = [model for model in MODELS if model in args.models]
+    if args.tune:
+        common.need("optuna", "--tune")
     return args
 
 
-def sweep(model, snrs=None, sizes=None):
-    """The Points of one model: its rows at all SNRs and latent sizes."""
-    own, own_sizes, variants = MODELS[model]
-    snrs = own if own == (NO_CHANNEL,) else snrs or own
-    return [Point(name, snr, d, **settings) for name, settings in variants.items()
-            for snr in dict.fromkeys(snrs) for d in dict.fromkeys(sizes or own_sizes)]
-
-
-def claims(at):
-    """Closing table (claim, document, here, holds), as far as {(row, SNR, d): measures} goes."""
-    table = []
-    for where, (figures, *points) in DOCUMENT.items():
-        for key, (measure, published) in itertools.product(points, figures.items()):
-            if key in at:
-                here, collapsed = at[key][measure], at[key]["spread"]["mean"] < 0.1
-                table.append((f"{where}: {Point(*key)}, {NAMES[measure]}", f"{published:g}",
-                              common.show(here) + " (collapsed)" * collapsed,
-                              not collapsed and (abs(here["mean"] - published) <= 0.03 if measure
-                              == "rate" else round(here["mean"], 4) <= published)))  # as shown
-    if all(p[:3] in at for p in sweep("f2")):
-        mse, bits, gap = ({key[1:]: measures[name]["mean"] for key, measures in at.items()
-                           if key[0] == "f2"} for name in ("mse", "bits", "gap"))
-        falls = [mse[a] > mse[b] for a, b in itertools.combinations(sorted(mse), 2) if a[1] == b[1]]
-        ratio = [mse[key] / linear_code_mse(*key) for key in mse if key[1] >= 4]
-        better = [f"{Point('f2', *key)}: {mse[key]:.4f} at {bits[key]:.1f} bits" for key in mse
-                  if bits[key] < bits[15, 6] and mse[key] < mse[15, 6]]
-        table += [
-            ("f2: MSE falls with SNR", "yes", f"{sum(falls)} of {len(falls)} pairs", all(falls)),
-            ("f2: MSE below the best linear code's, d >= 4", "-",
-             f"{min(ratio):.2f} to {max(ratio):.2f} of it", max(ratio) < 1),
-            ("f2: 15 dB, d=6 is efficient", "yes", "; ".join(better) or "none better", not better),
-            ("f2: overfits at 20 dB, d=6 (by 5 %)", "yes", f"{gap[20, 6]:+.1%}", gap[20, 6] > 0.05)]
-
-    def generative(model, latent):  # (row, its generative KL), the least of the model's at 15 dB
-        rows = [(name, m["knn_kl"]) for (name, snr, d), m in at.items() if name.startswith(model)
-                and d == latent and snr in (15, NO_CHANNEL)]
-        return min(rows, key=lambda row: row[1]["mean"], default=None)
-    for claim, *pair, better in (
-            ("f4, d=8, generates better than f3, d=6", ("f4 fitted", 8), ("f3 beta=0.1", 6), True),
-            *((f"f4, d=8, generates better than d={d}", ("f4", 8), ("f4", d), 1) for d in (4, 6)),
-            *((f"{row} does not improve on f4", (row, 6), ("f4", 6), False)
-              for row in ("f5 annealed", "f5 Optuna", "f5 tuned")),
-            ("f6, the future work, generates better than f4", ("f6", 6), ("f4", 6), True),
-            ("f6 generates better than f3: annealing helps", ("f6", 6), ("f3", 6), True)):
-        rows = [generative(*key) for key in pair]
-        if all(rows):  # better: by two standard errors
-            (_, x), (_, y) = rows
-            gain = (y["mean"] - x["mean"]) * x["n"] ** 0.5
-            table.append((f"{claim} (generative KL)", "hoped" if "f6" in claim else "yes",
-                          "; ".join(f"{name} {common.show(x, 2)}" for name, x in rows),
-                          (gain > 2 * math.hypot(x["std"] or 0, y["std"] or 0)) == better))
-    return table
+def units_of(args):
+    """{unit: its rows}: a unit for each model and latent size, and for each lambda of the plane."""
+    units = {}
+    for model in args.models:
+        snrs, sizes = args.snr or SNRS[model], args.latent or SIZES[model]
+        if model == "f3":
+            snrs = SNRS[model]
+        if model == "plane":
+            for lam in LAMBDAS:
+                units[f"plane-lambda{lam}"] = [weighted(beta, lam) for beta in BETAS]
+            continue
+        for d in sizes:
+            rows = [row for snr in snrs for row in rows_of(model, snr, d)]
+            units[f"{model}-d{d}"] = rows
+    return units
 
 
 def main(argv=None):
     """Run the document; returns what results.json holds."""
     args = arguments(argv)
-    seeds, fits, trials = list(range(args.seed, args.seed + args.seeds)), {}, []
-    options = dict(epochs=args.epochs, n=args.points, device=args.device, compile=args.compile)
-    with common.Run(__file__, args, "cube surface", additive=("tune", "trials")) as run:
-        def add(name, points):  # a work unit, taken apart by points
-            unit = run.unit(name, lambda checkpoint: evaluate(*train(
-                points, seeds, name, checkpoint=checkpoint, **options), seeds, args.held_out))
-            for i, p in enumerate(points):
-                fits[p] = {"history": unit["history"][:, :, i]}  # (epochs, 6, S)
-                for part in ("measures", "arrays"):
-                    fits[p][part] = {key: value[i] for key, value in unit[part].items()}
+    seeds = list(range(args.seed, args.seed + args.seeds))
+    with common.Run(__file__, args, "cube surface", additive=["models", "tune", "trials"]) as run:
+        units = units_of(args)
+        found = run.units(list(units), lambda name: train_and_evaluate(
+            units[name], seeds, name, args, apart=name.startswith("plane")))
+        fits, cells = {}, {}  # {row: weights, measures, arrays, log}
+        for name, rows in units.items():
+            if name.startswith("plane"):
+                cells.update(zip(rows, found[name]))
+            else:
+                fits.update(zip(rows, found[name]))
+        trials, tuned = [], {}
+        if args.tune:
+            trials, tuned = search(run, seeds, args)
 
-        for model in args.models:
-            add(model, sweep(model, args.snr, args.latent))
-        while args.tune and len(trials) < args.trials:
-            name = f"f5-search-{len(trials)}"
-            trials += run.unit(name, lambda checkpoint: search(
-                trials, seeds, name, checkpoint=checkpoint, **options))
-        if trials:
-            best = min(trials, key=lambda trial: trial["knn_kl"])
-            add(f"f5-tuned-{len(trials)}", [tuned_point(best["beta"], best["lam"])])
-        pictures(run, fits, trials)
-        at = {p[:3]: {key: common.mean_std(values) for key, values in found["measures"].items()}
-              for p, found in fits.items()}
-        shown = ("total", "mse", "rate", "mmd", "knn_kl", "energy", "surface", "faces")
-        common.print_rows("Models, on held-out points", [
-            {"row": p, **{key: at[p[:3]][key] for key in shown}} for p in fits])
-        rows = [{"name": p.name, "snr": p.snr, "d": p.d, "beta": p.beta, "lam": p.lam,
-                 "analytic_rate": analytic_rate(p.snr), "linear_mse": linear_code_mse(p.snr, p.d)
-                 if p.snr < NO_CHANNEL else None, "measures": at[p[:3]]} for p in fits]
-        metrics = [{"row": p.name, "snr": p.snr, "d": p.d, "seed": seed, "epoch": epoch,
-                    **dict(zip(TERMS, values.tolist()))} for p, found in fits.items()
-                   for seed, history in zip(seeds, found["history"].unbind(-1))
-                   for epoch, values in enumerate(history, 1)]
-        return run.finish({"points": rows, "trials": trials}, claims(at), metrics)
+        at = {str(row): one["measures"] for row, one in fits.items()}
+        chosen = {}  # on points of their own, and measured on the tables'
+        if cells:
+            chosen["best f3"] = cells, best_of(cells, beta=True)
+            chosen["best f4"] = cells, best_of(cells, lam=True)
+            chosen["best f5"] = cells, best_of(cells, beta=True, lam=True)
+        if tuned:
+            chosen["f5 tuned"] = tuned, best_of(tuned, beta=True, lam=True)
+        for name, (among, row) in chosen.items():
+            at[name] = evaluate_row(row, among[row]["weights"], seeds, args)["measures"]
+
+        plot(run, fits, cells, trials)
+        closing = claims(at)
+        if args.preset == "smoke" or args.seeds == 1:  # nothing learned, or no spread
+            for row in closing:
+                row["verdict"] = "-"
+        weights = {name: row.name for name, (_, row) in chosen.items()}
+        tables = {"The document's figures and claims": closing,
+                  "Models, on held-out points": models_table(at),
+                  "Yardsticks": yardsticks(args.seed, min(2000, args.held_out))}
+        results = {"measures": {name: {key: values.tolist() for key, values in measures.items()}
+                                for name, measures in at.items()},
+                   "weights": weights, "trials": trials}
+        return run.finish(results, tables, metrics_of(fits, seeds))
+
+
+def metrics_of(fits, seeds):
+    """The logs as flat dicts, one for each row, seed and block of steps."""
+    metrics = []
+    for row, found in fits.items():
+        log = found["log"]
+        for s, seed in enumerate(seeds):
+            for block in range(len(log["mse"])):
+                values = {term: log[term][block, s].item() for term in log}
+                metrics.append({"model": str(row), "seed": seed, "block": block + 1, **values})
+    return metrics
 
 
 if __name__ == "__main__":

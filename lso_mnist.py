@@ -28,14 +28,16 @@ out/lso_mnist-<preset>. Not timed on a GPU. What the document leaves open, and w
   classifier sees the wanted digit: Algorithm 3 without a step. The judge's images are its own.
 """
 import math
+import pathlib
+import sys
 from collections import OrderedDict, namedtuple
 
+sys.path.append(str(pathlib.Path(__file__).with_name(".first")))  # until its second edition
+import first_edition as common  # noqa: E402
 import torch
 import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
-
-import common
 
 # R repeats (nets side by side), N starts, B batch, k latent units; images are rows of 196 pixels
 PRESETS = {  # what is not named: 100 starts, 250 steps, 50 attempts, 3000 train_steps

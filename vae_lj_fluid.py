@@ -29,14 +29,16 @@ Quick: half of the configurations, a quarter of the main VAE's steps. We chose:
   only, dense ones ten times as many.
 """
 import math
+import pathlib
+import sys
 from typing import NamedTuple
 
+sys.path.append(str(pathlib.Path(__file__).with_name(".first")))  # until its second edition
+import first_edition as common  # noqa: E402
 import torch
 import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
-
-import common
 
 # C configurations or chains, N particles, B batch, D latent dimensions, G gammas, K records
 PRESETS = {

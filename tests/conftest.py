@@ -12,6 +12,7 @@ import torch
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+sys.path.append(str(ROOT / ".first"))  # until the last script is rewritten
 
 
 @pytest.fixture(autouse=True)
@@ -28,12 +29,17 @@ def refused(capsys):
         with pytest.raises(SystemExit) as stop:
             main(argv)
         error = capsys.readouterr().err
-        assert stop.value.code == 2 and error.count("\n") == 1 and error.startswith("error: "), (
-            error
-        )
+        assert stop.value.code == 2 and error.count("\n") == 1, error
+        assert error.startswith("error: "), error
         return error
 
     return check
+
+
+def environment(**more):
+    """Of a script as a process: as many threads as here, since other numbers round differently."""
+    threads = str(torch.get_num_threads())
+    return dict(os.environ, PYTHONPATH=f"{ROOT}:{ROOT}/.first", OMP_NUM_THREADS=threads, **more)
 
 
 @pytest.fixture
@@ -42,20 +48,20 @@ def killed_and_continued():
     same command again: what that prints."""
 
     def check(script, part):
-        code = f"import common; common.Checkpoint.every = 0; import {script}; {script}.main()"
-        command = [sys.executable, "-c", code, "--preset", "smoke", "--out", "run"]
-        threads = str(torch.get_num_threads())  # other numbers of threads round differently
-        environment = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS=threads)
-        process = subprocess.Popen(
-            command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        code = (
+            "import common, first_edition; common.EVERY = first_edition.Checkpoint.every = 0; "
+            f"import {script}; {script}.main()"
         )
+        command = [sys.executable, "-c", code, "--preset", "smoke", "--out", "run"]
+        quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(command, env=environment(), **quiet)
         deadline = time.time() + 120
         while not pathlib.Path("run/units", part).exists() and time.time() < deadline:
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
         process.wait()
         assert not os.path.exists("run/results.json")
-        second = subprocess.run(command, env=environment, capture_output=True, text=True)
+        second = subprocess.run(command, env=environment(), capture_output=True, text=True)
         assert second.returncode == 0, second.stderr
         return second.stdout
 

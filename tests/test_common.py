@@ -1,36 +1,49 @@
-"""The plumbing: arguments, seeds, the run folder, image data."""
+"""The plumbing: arguments, streams, the run folder, steps, torchrun, verdicts, image data."""
 
+import csv
 import errno
+import gzip
 import json
 import os
-import shutil
+import pathlib
+import signal
 import struct
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 from matplotlib.figure import Figure
 
 import common
-from conftest import ROOT
+import toy
+from conftest import ROOT, environment
 
-PRESETS = {"smoke": dict(epochs=1), "quick": dict(epochs=7), "paper": dict(epochs=99)}
-
-
-def arguments(argv, flag=None):
-    parser = common.Parser("A script.", PRESETS)
-    parser.add_argument("--epochs", type=common.number(int, 1, 1000), help="passes")
-    parser.add_argument("--rate", type=common.number(float, 0, 1), default=0.5, help="share")
-    parser.add_argument("--extra", action="store_true", help="more units")
-    return parser.parse(argv)
+TOY = str(ROOT / "tests" / "toy.py")
+SMALL = ["--preset", "smoke", "--out", "run"]
 
 
-def open_run(argv, additive=()):
-    return common.Run(__file__, arguments(argv), "nothing", additive)
+def run_toy(*flags, code=None, **more):
+    """The toy as a process of its own. -> (status, stdout, stderr)"""
+    command = [sys.executable, *(["-c", code] if code else [TOY]), *SMALL, *flags]
+    done = subprocess.run(command, env=environment(**more), capture_output=True, timeout=120)
+    return done.returncode, done.stdout.decode(errors="replace"), done.stderr.decode()
+
+
+def results(folder="run"):
+    return json.load(open(f"{folder}/results.json"))["results"]
 
 
 # --- arguments and seeds ---
+
+
+def arguments(argv):
+    parser = common.Parser("A script.", {"smoke": dict(epochs=1), "quick": dict(epochs=7),
+                                         "paper": dict(epochs=99)})
+    parser.add("--epochs", type=common.number(int, 1, 1000), help="passes")
+    parser.add("--rate", type=common.number(float, -50, 1), default=0.5, help="share")
+    return parser.parse(argv)
 
 
 def test_presets_and_explicit_flags():
@@ -48,25 +61,26 @@ def test_help_shows_the_values_in_force(capsys):
 
 @pytest.mark.parametrize(
     "argv",
-    [
-        ["--epochs", "0"],
-        ["--epochs", "1.5"],
-        ["--epochs", "many"],
-        ["--epochs"],
-        ["--epochs=--"],
-        ["--rate", "nan"],
-        ["--rate", "inf"],
-        ["--rate", "-1"],
-        ["--preset", "huge"],
-        ["--epoch", "3"],
-        ["--seed", "-1"],
-        ["--device", "abacus"],
-        ["stray"],
-    ],
+    ["--epochs 0", "--epochs 1.5", "--epochs many", "--epochs", "--epochs=--", "--rate nan",
+     "--rate inf", "--rate -51", "--preset huge", "--epoch 3", "--seed -1", "--device abacus",
+     "stray"],
 )
 def test_bad_flags_are_one_line(argv, refused):
-    line = refused(arguments, argv)
-    assert argv[0].strip("-=") in line
+    argv = argv.split()
+    assert argv[0].strip("-=") in refused(arguments, argv)
+
+
+def test_negative_numbers_in_any_notation_and_home_folders():
+    args = arguments(["--rate", "-1e1", "--out=~/x", "--data", "~/y"])
+    assert args.rate == -10
+    assert args.out == os.path.expanduser("~/x") and args.data == os.path.expanduser("~/y")
+    assert [arguments(["--rate", text]).rate for text in ("-2.5", "-.5E+1")] == [-2.5, -5]
+
+
+def test_a_missing_package_is_one_line(refused):
+    line = refused(lambda argv: common.need("no_such_package", "--tune"), [])
+    assert "--tune" in line and "pip install no_such_package" in line
+    common.need("torch", "--tune")
 
 
 def test_cuda_without_cuda_is_one_line(refused, monkeypatch):
@@ -90,247 +104,6 @@ def test_batches_are_a_permutation():
     assert torch.cat(parts).sort().values.tolist() == list(range(10))
 
 
-def test_compile_without_compiler_falls_back(monkeypatch, capsys):
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    assert common.compiled(abs, True) is abs and common.compiled(len, True) is len
-    assert capsys.readouterr().err.count("\n") == 1
-
-
-# --- the run folder ---
-
-
-def test_units_are_computed_once_and_loaded_safely(capsys):
-    calls = []
-
-    def compute(checkpoint):
-        calls.append(1)
-        return {"x": torch.arange(3), "name": "n", "value": 1.5}
-
-    for _ in range(2):
-        with open_run(["--out", "run"]) as run:
-            result = run.unit("a", compute)
-    assert len(calls) == 1 and torch.equal(result["x"], torch.arange(3)) and result["value"] == 1.5
-    assert "reused a" in capsys.readouterr().out
-
-
-def test_another_configuration_is_refused(refused):
-    open_run(["--out", "run"])
-    line = refused(open_run, ["--out", "run", "--epochs", "8"])
-    assert "--epochs 7" in line and "--out" in line and "--fresh" in line
-    assert json.load(open("run/config.json"))["config"]["epochs"] == 7
-    open_run(["--out", "run", "--epochs", "8", "--fresh"])
-    assert json.load(open("run/config.json"))["config"]["epochs"] == 8
-
-
-def test_additive_flags_may_change():
-    open_run(["--out", "run"], additive=("extra",))
-    open_run(["--out", "run", "--extra"], additive=("extra",))
-
-
-def test_fresh_deletes_the_run_and_nothing_else():
-    with open_run(["--out", "run"]) as run:
-        run.unit("a", lambda checkpoint: 1)
-    open("run/diary.txt", "w").write("mine")
-    with open_run(["--out", "run", "--fresh"]) as run:
-        assert not (run.folder / "units" / "a.pt").exists()
-    assert open("run/diary.txt").read() == "mine"
-
-
-def test_a_folder_that_is_no_run_is_left_alone(refused):
-    os.makedirs("home")
-    open("home/diary.txt", "w").write("mine")
-    for extra in ([], ["--fresh"]):
-        assert "holds no run" in refused(open_run, ["--out", "home", *extra])
-    assert os.listdir("home") == ["diary.txt"]
-
-
-def test_out_on_a_file_or_in_an_impossible_place(refused):
-    open("file", "w").close()
-    assert "file" in refused(open_run, ["--out", "file"])
-    assert "file" in refused(open_run, ["--out", "file/below"])
-    assert "/proc" in refused(open_run, ["--out", "/proc/nowhere"])
-
-
-def test_read_only_folder(refused, monkeypatch):
-    def denied(*args, **kwargs):
-        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-
-    monkeypatch.setattr(common.pathlib.Path, "mkdir", denied)
-    assert "Read-only" in refused(open_run, ["--out", "run"])
-
-
-def test_damaged_config_is_one_line(refused):
-    open_run(["--out", "run"])
-    for text in ('{"conf', "{}", "[]", '{"model_type": "bert"}'):
-        open("run/config.json", "w").write(text)
-        for extra in ([], ["--fresh"]):  # it may be somebody's: nothing is deleted
-            assert "damaged" in refused(open_run, ["--out", "run", *extra])
-        assert open("run/config.json").read() == text and os.path.isdir("run/units")
-
-
-@pytest.mark.parametrize("fresh", [[], ["--fresh"]])
-def test_a_kill_at_any_step_of_opening_a_folder_leaves_one_that_opens(fresh, monkeypatch):
-    """Each change of the file system in turn is the last one before a kill."""
-    for last in range(20):
-        shutil.rmtree("run", ignore_errors=True)
-        if fresh:
-            with open_run(["--out", "run"]) as run:
-                run.unit("a", lambda checkpoint: 1)
-        count = iter(range(100))
-
-        def or_die(function):
-            def wrapped(*args, **kwargs):
-                if next(count) >= last:
-                    raise KeyboardInterrupt
-                return function(*args, **kwargs)
-
-            return wrapped
-
-        with monkeypatch.context() as patch:
-            for owner, name in (
-                (common.pathlib.Path, "mkdir"),
-                (common.pathlib.Path, "unlink"),
-                (common.shutil, "rmtree"),
-                (common.os, "replace"),
-                (common, "open"),
-            ):
-                patch.setattr(owner, name, or_die(getattr(owner, name, open)), raising=False)
-            try:
-                open_run(["--out", "run", *fresh])
-            except KeyboardInterrupt:
-                pass
-            else:
-                break
-        with open_run(["--out", "run", *fresh]) as run:
-            assert run.unit("b", lambda checkpoint: 2) == 2
-    assert 3 < last < 19
-
-
-def test_leftovers_of_a_kill_go_and_those_of_a_living_command_stay():
-    open_run(["--out", "run"])
-    living = f".fluid-0.1.pt.{os.getppid()}.tmp"
-    for name in (".fluid-0.1.pt.999999999.tmp", living):
-        open(f"run/units/{name}", "w").close()
-    open_run(["--out", "run"])
-    assert os.listdir("run/units") == [living] * os.path.exists("/proc/self")
-
-
-@pytest.mark.parametrize(
-    "owner, name, error",
-    [
-        (common.pathlib.Path, "read_bytes", OSError(errno.EIO, "Input/output error")),
-        (torch, "load", torch.cuda.OutOfMemoryError("no\nmemory")),
-    ],
-)
-def test_files_that_cannot_be_read_are_not_taken_for_damaged(owner, name, error, monkeypatch):
-    with open_run(["--out", "run"]) as run:
-        run.unit("a", lambda checkpoint: 1)
-
-    def failing(*args, **kwargs):
-        raise error
-
-    monkeypatch.setattr(owner, name, failing)
-    with pytest.raises(SystemExit):
-        run.unit("a", lambda checkpoint: 2)
-    assert os.listdir("run/units") == ["a.pt"]
-
-
-def test_results_name_the_source_of_every_unit():
-    with open_run(["--out", "run"]) as run:
-        run.unit("a", lambda checkpoint: 1)
-        run.source = "later"
-        run.unit("b", lambda checkpoint: 1)
-        first = run.finish({}, [], [])["sources"]
-    with open_run(["--out", "run"]) as run:
-        run.unit("a", lambda checkpoint: 2)
-        assert run.finish({}, [], [])["sources"] == [run.source] and len(first) == 2
-        run.unit("b", lambda checkpoint: 2)
-        assert run.finish({}, [], [])["sources"] == first
-
-
-@pytest.mark.parametrize("keep", [0, 10, 0.5, 0.99])
-def test_truncated_unit_is_set_aside_and_computed_again(keep, capsys):
-    with open_run(["--out", "run"]) as run:
-        run.unit("a", lambda checkpoint: torch.arange(1000))
-    data = open("run/units/a.pt", "rb").read()
-    open("run/units/a.pt", "wb").write(data[: int(keep * len(data)) if keep < 1 else keep])
-    with open_run(["--out", "run"]) as run:
-        assert len(run.unit("a", lambda checkpoint: torch.arange(1000))) == 1000
-    assert "a.pt" in capsys.readouterr().err
-    assert sorted(os.listdir("run/units")) == ["a.pt", "a.pt.broken"]
-
-
-def test_full_disk_keeps_the_good_file(refused, monkeypatch):
-    path = common.pathlib.Path("a.pt")
-    common.save(path, 1)
-
-    def full(descriptor):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "fsync", full)
-    assert "No space left" in refused(lambda value: common.save(path, value), 2)
-    assert common.load(path, "cpu") == 1 and os.listdir() == ["a.pt"]
-
-
-def test_checkpoint_restores_parts_and_counts_the_time():
-    g, net = common.generator(0, "c"), torch.nn.Linear(2, 1)
-    optimiser = torch.optim.Adam(net.parameters())
-    net(torch.ones(2)).backward()
-    optimiser.step()
-    checkpoint = common.Checkpoint(common.pathlib.Path("c.checkpoint"), "cpu")
-    assert checkpoint.state is None and not checkpoint.due()
-    checkpoint.save((3, torch.ones(2)), net, optimiser, g)
-    expected = torch.rand(3, generator=g), net.weight.clone()
-    other = torch.nn.Linear(2, 1)
-    again = common.Checkpoint(common.pathlib.Path("c.checkpoint"), "cpu")
-    step, history = again.restore(other, torch.optim.Adam(other.parameters()), g)
-    assert step == 3 and history.tolist() == [1, 1]
-    assert torch.equal(torch.rand(3, generator=g), expected[0])
-    assert torch.equal(other.weight, expected[1]) and again.earlier > 0
-
-
-def test_non_finite_stops_with_status_1(capsys):
-    with pytest.raises(SystemExit) as stop:
-        with open_run(["--out", "run"]):
-            raise FloatingPointError("kl is not finite at step 3")
-    assert stop.value.code == 1 and capsys.readouterr().err == "error: kl is not finite at step 3\n"
-
-
-def test_interruption_is_one_line(capsys):
-    with pytest.raises(SystemExit) as stop:
-        with open_run(["--out", "run"]):
-            raise KeyboardInterrupt
-    assert stop.value.code == 130 and capsys.readouterr().err.count("\n") == 1
-
-
-def test_results_have_no_nan_and_old_figures_go(capsys):
-    with open_run(["--out", "run"]) as run:
-        open("run/fig_old.png", "w").close()
-        report = run.finish(
-            {"a": float("nan"), "b": float("inf")},
-            [("claim", "1", "2", True), ("other", "1", "2", False)],
-            [{"epoch": 1, "loss": 0.5}, {"epoch": 2, "kl": 1.0}],
-        )
-    out = capsys.readouterr().out.splitlines()
-    assert out[-1] == "run" and any("claim" in row and row.endswith("yes") for row in out)
-    assert (
-        report["results"]
-        == {"a": None, "b": None}
-        == json.load(open("run/results.json"))["results"]
-    )
-    assert open("run/metrics.csv").read().split() == ["epoch,loss,kl", "1,0.5,", "2,,1.0"]
-    assert not os.path.exists("run/fig_old.png")
-
-
-def test_global_state_is_left_as_found():
-    before, random = torch.get_float32_matmul_precision(), torch.get_rng_state()
-    with open_run(["--out", "run"]):
-        assert torch.get_float32_matmul_precision() == "high"
-        torch.nn.Linear(2, 2)  # draws its weights from the global generator
-    assert torch.get_float32_matmul_precision() == before
-    assert torch.equal(torch.get_rng_state(), random)
-
-
 def test_first_calls_are_made_before_anything_is_computed(monkeypatch):
     calls = []
     monkeypatch.setattr(common, "settle", lambda: calls.append(1))
@@ -338,46 +111,377 @@ def test_first_calls_are_made_before_anything_is_computed(monkeypatch):
     assert calls == [1]
 
 
-def test_plot_lines_draws_what_it_is_given():
-    y = torch.tensor([1.0, 2, 4])
-    fig = common.plot_lines(
-        {
-            "a": ([("up", None, y, dict(color="C1", std=0.5)), (None, [0, 1], [3, 3], {})], {}),
-            "b": ([("down", [1, 2, 3], -y, dict(ls="--"))], dict(xlabel="x", ylabel="loss (nats)")),
-            "c": ([("log", None, y, {})], dict(yscale="log")),
-        },
-        columns=2,
-    )
-    a, b, c, rest = fig.axes
-    assert [line.get_label() for line in a.lines][0] == "up" and len(a.lines) == 2
-    assert a.lines[0].get_xdata().tolist() == [1, 2, 3]
-    assert a.lines[0].get_ydata().tolist() == y.tolist()
-    (band,) = a.collections
-    heights = band.get_paths()[0].vertices[:, 1]
-    assert heights.min() == 0.5 and heights.max() == 4.5
-    assert b.get_title() == "b" and b.get_ylabel() == "loss (nats)" and c.get_yscale() == "log"
-    assert not rest.axison and [t.get_text() for t in fig.legends[0].get_texts()] == ["up"]
-    each = common.plot_lines({"a": ([("up", None, y, {})], {})}, legend="each")
-    assert not each.legends and each.axes[0].get_legend().get_texts()[0].get_text() == "up"
+# --- streams ---
 
 
-def test_print_rows(capsys):
-    rows = [{"name": "f1", "mse": 0.00123456}, {"name": "f2", "n": 3, "kl": common.mean_std(
-        torch.tensor([1.0, 3.0]))}]
-    common.print_rows("models", rows)
-    assert [line.split() for line in capsys.readouterr().out.splitlines() if line] == [
-        ["models"], ["name", "mse", "n", "kl"], ["----", "--------", "-", "---------------"],
-        ["f1", "0.001235", "-", "-"], ["f2", "-", "3", "2.0000", "±", "1.4142"]]
+@pytest.mark.parametrize("encoding", ["cp1252", "cp932", "ascii"])
+def test_a_terminal_that_is_not_utf_8(encoding):
+    status, out, err = run_toy(PYTHONIOENCODING=encoding)
+    assert status == 0 and "Traceback" not in err and out.splitlines()[-1] == "run"
+    assert "of a walk" in out and "é" in open("run/table.md", encoding="utf-8").read()
 
 
-def test_mean_std():
-    value = common.mean_std(torch.tensor([1.0, 3.0]))
-    assert value == {"mean": 2.0, "std": pytest.approx(2**0.5), "n": 2}
-    assert common.show(value, 2) == "2.00 ± 1.41"
-    assert common.show(common.mean_std(torch.tensor([1.0])), 1) == "1.0"
+def test_closed_pipes_full_disks_and_closed_streams():
+    """Files first, then the screen."""
+    for number, (redirect, lines) in enumerate(
+        [("| head -1", 0), ("> /dev/full", 1), (">&- 2>&-", 0), ("2>&1 | true", 0)]
+    ):
+        command = f"{sys.executable} {TOY} --preset smoke --out run{number} {redirect}"
+        done = subprocess.run(["bash", "-c", "set -o pipefail; " + command],
+                              env=environment(), capture_output=True, text=True)
+        assert done.returncode == 0 and done.stderr.count("\n") == lines, (redirect, done.stderr)
+        assert len(results(f"run{number}")) == 3 and os.path.exists(f"run{number}/table.md")
 
 
-# --- image data ---
+def test_a_log_has_a_line_for_each_unit_at_once():
+    command = [sys.executable, TOY, *SMALL, "--steps", "200000", "--units", "first", "second"]
+    command[command.index("--steps") + 1] = "3000"
+    process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True)
+    line = process.stdout.readline()
+    assert line.startswith("first: ") and " s, loss " in line
+    assert process.poll() is None  # not held back until the end
+    process.kill()
+    process.wait()
+
+
+def test_a_backend_of_a_notebook_that_is_not_installed():
+    status, _, err = run_toy(MPLBACKEND="module://no_such_module.backend_inline")
+    assert (status, err) == (0, "") and os.path.exists("run/fig_walks.png")
+
+
+def test_what_a_user_can_mend_is_one_line():
+    """Ctrl-C at any time, memory, numbers that are none."""
+    for number, (where, status, text) in enumerate(
+        [("raise KeyboardInterrupt", -signal.SIGINT, "interrupted"),
+         ("torch.empty(10**15)", 1, "out of memory"),
+         ("raise MemoryError", 1, "out of memory"),
+         ("raise FloatingPointError('loss is not finite')", 1, "loss is not finite")]
+    ):
+        done = subprocess.run([sys.executable, "-c", f"import common, torch; {where}"],
+                              env=environment(), capture_output=True, text=True)
+        assert (done.returncode, done.stderr.count("\n")) == (status, 1), done.stderr
+        assert text in done.stderr
+    slow = "import common, sys; sys.modules.pop('tqdm'); sys.path.insert(0, '.'); import tqdm"
+    open("tqdm.py", "w").write("import time; print('here', flush=True); time.sleep(60)")
+    process = subprocess.Popen([sys.executable, "-c", slow], env=environment(),
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.readline()  # in the middle of an import
+    process.send_signal(signal.SIGINT)
+    assert process.communicate()[1].count("\n") == 1
+
+
+def test_other_errors_keep_their_traceback():
+    done = subprocess.run([sys.executable, "-c", "import common; 1 / 0"], env=environment(),
+                          capture_output=True, text=True)
+    assert "ZeroDivisionError" in done.stderr and "Traceback" in done.stderr
+
+
+# --- the run folder ---
+
+
+def test_units_are_computed_once_and_say_where_they_come_from(capsys, monkeypatch):
+    first = toy.main(SMALL)
+    monkeypatch.setattr(toy, "walk", None)  # would be an error now
+    monkeypatch.setattr(torch, "__version__", "later")
+    again = toy.main(SMALL)
+    assert again["results"] == first["results"] and again["units"] == first["units"]
+    assert set(again["units"]["a"]) == {"seconds", "device", "torch"} and again["units"]["a"][
+        "torch"] != "later"
+    out = capsys.readouterr().out
+    assert "reused a" in out and out.splitlines()[-1] == "run"
+    unit = torch.load("run/units/a.pt", weights_only=True)
+    torch.nn.Linear(2, 2).load_state_dict(unit["result"]["weights"])
+
+
+def test_another_configuration_is_refused(refused):
+    toy.main(SMALL)
+    line = refused(toy.main, [*SMALL, "--steps", "8"])
+    assert "steps 30" in line and "--out" in line and "--fresh" in line
+    assert len(results()) == 3
+    toy.main([*SMALL, "--steps", "8", "--fresh"])
+    assert json.load(open("run/config.json"))["config"]["steps"] == 8
+
+
+def test_additive_flags_keep_what_earlier_commands_left():
+    toy.main([*SMALL, "--units", "b"])
+    before = results()
+    toy.main([*SMALL, "--units", "a"])
+    assert list(results()) == ["b", "a"] and results()["b"] == before["b"]
+    units = {row["unit"] for row in csv.DictReader(open("run/metrics.csv"))}
+    assert units == {"a", "b"} and os.path.exists("run/fig_walks.png")
+    assert len(json.load(open("run/results.json"))["units"]) == 2
+
+
+def test_flags_of_a_command_that_did_not_finish_are_not_taken_up(monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(common.Run, "finish", lambda *rest: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            toy.main([*SMALL, "--units", "a", "b"])
+    toy.main([*SMALL, "--units", "c"])
+    assert list(results()) == ["c"]
+
+
+def test_fresh_deletes_the_run_and_nothing_else():
+    toy.main(SMALL)
+    mine = ["run/diary.txt", "run/.notes.v2.tmp", "run/units/.x.tmp", "run/units/notes"]
+    for path in [*mine, "run/tables.md", "run/fig_old.png"]:
+        open(path, "w").write("mine")
+    toy.main([*SMALL, "--fresh", "--units", "a"])
+    assert all(open(path).read() == "mine" for path in mine)
+    assert {path.name for path in pathlib.Path("run/units").glob("*.pt")} == {"a.pt"}
+    assert not os.path.exists("run/tables.md") and not os.path.exists("run/fig_old.png")
+
+
+def test_fresh_where_units_is_a_link():
+    toy.main(SMALL)
+    os.rename("run/units", "elsewhere")
+    os.symlink(os.path.abspath("elsewhere"), "run/units")
+    toy.main([*SMALL, "--fresh", "--units", "b"])
+    assert os.listdir("elsewhere") == ["b.pt"]
+
+
+def test_a_folder_that_is_no_run_is_left_alone(refused):
+    os.makedirs("run")
+    open("run/diary.txt", "w").write("mine")
+    for extra in ([], ["--fresh"]):
+        assert "holds no run" in refused(toy.main, [*SMALL, *extra])
+    os.rename("run/diary.txt", "run/.DS_Store")  # a file browser's own
+    toy.main(SMALL)
+
+
+def test_damaged_or_foreign_configurations_are_one_line(refused):
+    toy.main(SMALL)
+    whole = json.load(open("run/config.json"))
+    for text in ('{"conf', "{}", "[]", '{"config": null}', '{"model_type": "bert"}'):
+        open("run/config.json", "w").write(text)
+        for extra in ([], ["--fresh"]):  # it may be somebody's: nothing is deleted
+            assert "config.json is damaged" in refused(toy.main, [*SMALL, *extra])
+    whole["config"]["script"] = "other"
+    json.dump(whole, open("run/config.json", "w"))
+    for extra in ([], ["--fresh"]):
+        assert "script other" in refused(toy.main, [*SMALL, *extra])
+    assert len(os.listdir("run/units")) == 3
+
+
+@pytest.mark.parametrize("size", [0, 10, 400])
+def test_a_file_cut_short_or_of_another_unit_is_named(size, refused):
+    toy.main(SMALL)
+    whole = open("run/units/a.pt", "rb").read()
+    open("run/units/a.pt", "wb").write(whole[:size])
+    line = refused(toy.main, SMALL)
+    assert "run/units/a.pt is damaged: delete it" in line
+    os.remove("run/units/a.pt")
+    before = results()
+    toy.main(SMALL)
+    assert results() == before
+    os.replace("run/units/b.pt", "run/units/c.pt")
+    assert "c.pt is not the unit c: delete it" in refused(toy.main, SMALL)
+
+
+def test_impossible_places(refused, monkeypatch):
+    open("file", "w").close()
+    for place in ("file", "file/below", "/proc/nowhere"):
+        assert place.split("/")[1 if place[0] == "/" else 0] in refused(
+            toy.main, ["--preset", "smoke", "--out", place])
+
+    def denied(*args, **kwargs):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(pathlib.Path, "mkdir", denied)
+    assert "Read-only" in refused(toy.main, SMALL)
+
+
+def test_a_full_disk_is_one_line_and_keeps_the_good_files(refused, monkeypatch):
+    toy.main([*SMALL, "--units", "a"])
+    before = open("run/results.json").read()
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        assert "b.pt: No space left" in refused(toy.main, [*SMALL, "--units", "a", "b"])
+    assert open("run/results.json").read() == before and os.listdir("run/units") == ["a.pt"]
+    toy.main([*SMALL, "--units", "a", "b"])
+    assert len(results()) == 2
+
+
+def test_two_commands_at_once():
+    command = [sys.executable, TOY, *SMALL, "--steps", "1000000"]
+    first = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL)
+    while not os.path.exists("run/units"):
+        time.sleep(0.01)
+    status, out, err = run_toy("--steps", "1000000")
+    assert (status, out, err.count("\n")) == (2, "", 1) and "another command is at work" in err
+    first.kill()
+    first.wait()
+    status, out, _ = run_toy("--steps", "20", "--fresh")  # a killed command holds nothing
+    assert status == 0
+
+
+def test_results_have_no_nan():
+    with common.Run("x.py", arguments(["--out", "run"]), "nothing") as run:
+        report = run.finish({"a": float("nan"), "b": float("inf")}, {},
+                            [{"epoch": 1, "loss": 0.5}, {"epoch": 2, "kl": 1.0}])
+    assert report["results"] == {"a": None, "b": None} == results()
+    assert open("run/metrics.csv", "rb").read() == b"epoch,loss,kl\n1,0.5,\n2,,1.0\n"
+
+
+def test_the_global_generator_is_left_as_found():
+    before = torch.get_rng_state()
+    toy.main(SMALL)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# --- steps ---
+
+
+def test_killed_at_any_moment_and_continued():
+    """A real kill -9 in the middle of a unit, then the same command: as if undisturbed."""
+    code = f"import common; common.EVERY = 0; exec(open({TOY!r}).read())"
+    long = ["--steps", "1500"]
+    assert run_toy(*long, "--out", "undisturbed", code=code)[0] == 0
+    command = [sys.executable, "-c", code, *SMALL, *long]
+    for part in ("a.1.checkpoint", "b.pt"):
+        process = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL)
+        while not os.path.exists(f"run/units/{part}"):
+            time.sleep(0.002)
+        process.kill()
+        process.wait()
+    status, out, err = run_toy(*long, code=code)
+    assert (status, err) == (0, "") and "reused b" in out
+    assert results() == results("undisturbed")
+    for name in "abc":
+        one, other = (torch.load(f"{folder}/units/{name}.pt")["result"]
+                      for folder in ("run", "undisturbed"))
+        assert torch.equal(one["log"], other["log"])
+        assert torch.equal(one["weights"]["weight"], other["weights"]["weight"])
+    assert not list(pathlib.Path("run").rglob("*.checkpoint"))
+
+
+def test_a_second_loop_of_a_unit_goes_on_where_it_was(monkeypatch):
+    monkeypatch.setattr(common, "EVERY", 0)
+    seen = []
+
+    def compute(name, stop):
+        total = torch.zeros(())
+        for loop in ("first", "second"):
+            log = torch.zeros(5, 1)
+            for step in common.steps(loop, 5, log, ["x"], total):
+                if (loop, step) == stop:
+                    raise KeyboardInterrupt
+                seen.append((loop, step))
+                total += step
+                log[step] = total
+        return total
+
+    with common.Run("x.py", arguments(["--out", "run"]), "nothing") as run:
+        with pytest.raises(KeyboardInterrupt):
+            run.unit("u", lambda: compute("u", ("second", 3)))
+        assert seen[-1] == ("second", 2) and len(seen) == 8
+        assert run.unit("u", lambda: compute("u", None)) == 20
+        assert seen[8:] == [("second", 3), ("second", 4)]
+
+
+@pytest.mark.parametrize("every", [0, 1000])
+def test_a_number_that_is_none_stops_with_step_and_term(every, monkeypatch):
+    monkeypatch.setattr(common, "EVERY", every)
+    log = torch.zeros(50, 2, 3)
+    with pytest.raises(FloatingPointError, match="net: kl is not finite at step 7$"):
+        for step in common.steps("net", 50, log, ["mse", "kl"]):
+            if step >= 7:
+                log[step, 1, 2] = float("nan")
+
+
+def test_steps_outside_of_a_run_are_a_range():
+    log = torch.zeros(4, 1)
+    assert list(common.steps("x", 4, log, ["x"])) == [0, 1, 2, 3] and os.listdir() == []
+
+
+# --- torchrun ---
+
+
+def torchrun(*flags):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
+               "--master_port", str(20000 + os.getpid() % 10000), TOY, *SMALL, *flags]
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
+
+
+def test_processes_share_the_units_and_the_first_one_reports():
+    alone = toy.main(["--preset", "smoke", "--out", "alone"])
+    done = torchrun()
+    assert done.returncode == 0, done.stderr
+    assert results() == alone["results"] and os.path.exists("run/fig_walks.png")
+    assert done.stdout.count("## Verdicts") == 1
+    assert [done.stdout.count(f"{name}: ") for name in "abc"] == [1, 1, 1]
+
+
+def test_a_failed_process_ends_the_others():
+    start = time.time()
+    done = torchrun("--units", "a", "bad", "--steps", "2000")
+    assert done.returncode != 0 and "loss is not finite" in done.stderr
+    assert time.time() - start < 60 and not os.path.exists("run/results.json")
+
+
+def test_ranks_of_a_cluster_manager_alone_are_no_torchrun():
+    assert run_toy(RANK="0", WORLD_SIZE="4", LOCAL_RANK="0")[0] == 0
+
+
+# --- tables and verdicts ---
+
+
+def test_values_keep_their_significant_digits():
+    assert common.show([3.0e-5, 3.2e-5]) == "3.1e-05 ± 1.4e-06"
+    assert common.show(torch.tensor([1.0, 3.0])) == "2 ± 1.4" and common.show(0.0052) == "0.0052"
+
+
+def test_published_figures():
+    def verdict(here, published=1.0, **options):
+        return common.reproduced("x", published, here, **options)["verdict"]
+
+    assert verdict([1.09, 1.09]) == "reproduced" and verdict([1.11, 1.11]) == "differs"
+    assert verdict(1.11, better="lower") == "worse" and verdict(1.11, better="higher") == "better"
+    assert verdict(0.89, better="lower") == "better" and verdict(0.91, better="lower") == (
+        "reproduced")
+    assert verdict(1.09, fitted=True) == "fitted" and verdict(1.2, fitted=True) == "differs"
+    assert verdict(1.04, tolerance=0.03) == "differs" and verdict(-0.95, published=-1.0) == (
+        "reproduced")
+    assert verdict(float("nan"), better="lower") not in ("reproduced", "better")
+
+
+def test_orders_need_two_standard_errors_paired_by_repeat():
+    def verdict(low, high, **options):
+        return common.ordered("x", low, high, **options)["verdict"]
+
+    low = [1.0, 5.0, 9.0]  # far apart, but each below its partner
+    assert verdict(low, [1.5, 5.6, 9.4]) == "yes" and verdict([1.5, 5.6, 9.4], low) == "no"
+    assert verdict(low, [5.6, 9.4, 1.5]) == "open"
+    assert verdict([0.0, 0.0, 0.0, 0.0], [0.4, 0.0, 0.4, 0.0]) == "open"  # 0.2 and 2 * 0.115
+    assert verdict([0.0, 0.0, 0.0, 0.0], [0.4, 0.1, 0.4, 0.1]) == "yes"  # 0.25 and 2 * 0.087
+    assert verdict(low, [1.5, 5.6, 9.4], earned=False) == "no"
+    assert verdict([1.0], [9.0]) == "open" and verdict([1.0, 1.0], [1.0, 1.0]) == "open"
+    assert verdict(low, [float("nan")] * 3) != "yes"
+
+
+def test_a_claim_throughout():
+    def verdict(*verdicts):
+        return common.throughout("x", [{"verdict": v} for v in verdicts])
+
+    assert verdict("yes", "yes")["verdict"] == "yes" and verdict("yes", "yes")["here"] == "2 of 2"
+    assert verdict("yes", "open")["verdict"] == "open" and verdict("yes", "no", "open")[
+        "verdict"] == "no"
+
+
+def test_tables_are_aligned_and_stand_in_the_folder(capsys):
+    toy.main(SMALL)
+    lines = open("run/table.md").read().splitlines()
+    table = [line for line in lines if line.startswith("|")]
+    assert len(table) == 3 and len({len(line) for line in table}) == 1
+    assert "| σ² of a walk é | 1        | 1.01 ± 0.057 | reproduced |" == table[2]
+    assert table[2] in capsys.readouterr().out
+
+
+# --- figures and image data ---
 
 
 def test_glyphs_are_digits_and_seeded():
@@ -456,14 +560,19 @@ def test_missing_mnist_names_files_folder_and_the_way_out(tmp_path, refused, mon
         assert word in line
 
 
-def test_damaged_mnist_is_one_line(tmp_path, refused, monkeypatch):
+def test_damaged_mnist_names_the_file_to_delete(tmp_path, refused, monkeypatch):
     offline(monkeypatch)
     raw = write_mnist(tmp_path)
-    path = raw / "train-images-idx3-ubyte"
-    path.write_bytes(path.read_bytes()[:1000])
-    assert "cannot load mnist" in refused(
-        lambda folder: common.images("mnist", True, folder), tmp_path
-    )
+    whole = {}
+    for path in raw.glob("*.gz"):  # as if these were MNIST's own archives
+        whole[path.name] = (raw / path.name[:-3]).read_bytes()
+        path.write_bytes(gzip.compress(whole[path.name]))
+    monkeypatch.setattr("torchvision.datasets.utils.check_integrity", lambda *rest: True)
+    cut = raw / "train-images-idx3-ubyte"
+    cut.write_bytes(cut.read_bytes()[:1000])
+    line = refused(lambda folder: common.images("mnist", True, folder), tmp_path)
+    assert f"delete the damaged train-images-idx3-ubyte in {raw}" in line
+    assert "labels" not in line
 
 
 def test_real_mnist_where_it_is():

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-import common
+import first_edition as common
 import eae_simmering as eae
 
 torch.set_num_threads(2)

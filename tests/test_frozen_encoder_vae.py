@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributions import MultivariateNormal
 
-import common
+import first_edition as common
 import frozen_encoder_vae as fe
 from conftest import ROOT
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
-import common
+import first_edition as common
 import lso_mnist
 from conftest import ROOT
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
-import common
+import first_edition as common
 import vae_lj_fluid as lj
 from conftest import ROOT
 
