@@ -125,7 +125,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, doc, presets):
         super().__init__(description=doc, allow_abbrev=False, formatter_class=Formatter)
-        self._negative_number_matcher = re.compile(r"-\d*\.?\d+(e[-+]?\d+)?$")  # -1e1 is no flag
+        self._negative_number_matcher = re.compile(r"-\d*\.?\d+(e[-+]?\d+)?$", re.I)  # -1e1 is no flag
         self.presets = presets
         add = self.add_argument_group("flags of all scripts").add_argument
         add("--preset", choices=list(presets), default="quick",
@@ -286,7 +286,7 @@ def steps(name, count, log, terms, *parts):
 
 
 def check_finite(name, terms, log, first):
-    """FloatingPointError at the first number of the log, whose rows count from first, that is none."""
+    """FloatingPointError at the first number that is none, in a log whose rows count from first."""
     bad = ~torch.isfinite(log)
     if bad.any():
         step, term = bad.nonzero()[0, :2].tolist()
@@ -335,18 +335,22 @@ class Run:
                  if key not in ("out", "data", "fresh", *additive)}  # these change no result
         self.config = {"script": self.script, **flags}
         self.rank, self.world = join_others(args.device)
+        self.lock = contextlib.ExitStack()
         if self.rank == 0:
             try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self.lock.enter_context(locked(self.folder))
                 self.open()
             except OSError as error:
                 die(f"cannot use the run folder {self.folder}: {error.strerror}")
+            except SystemExit:
+                self.lock.close()
+                raise
         self.wait()
         self.add_earlier_flags()
 
     def open(self):
-        """Make the folder, or make sure that it holds a run with these flags."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.lock = lock(self.folder)
+        """Make sure that the folder is empty or holds a run with these flags."""
         if self.file.exists():
             old = read_config(self.file)["config"]
             told = [f"{key} {value}" for key, value in old.items() if self.config.get(key) != value]
@@ -381,7 +385,7 @@ class Run:
 
     def __exit__(self, kind, error, trace):
         torch.set_rng_state(self.random)
-        self.lock = None
+        self.lock.close()
         if self.world > 1:
             dist.destroy_process_group()
 
@@ -399,20 +403,24 @@ class Run:
             path = self.folder / "units" / f"{name}.pt"
             if path.exists():
                 say(f"reused {name}")
-                continue
-            work = Work.current = Work(path)
-            try:
-                result = compute(name)
-            finally:
-                Work.current = None
-            seconds = time.time() - work.start
-            save(path, {"unit": name, "result": result, "seconds": seconds,
-                        "device": device_name(self.args.device), "torch": str(torch.__version__)})
+            else:
+                self.compute(name, path, compute)
             for checkpoint in path.parent.glob(f"{glob.escape(name)}.*.checkpoint"):
                 checkpoint.unlink()
-            say(f"{name}: {seconds:.1f} s{work.last}")
         self.wait()
         return {name: self.read(name) for name in names}
+
+    def compute(self, name, path, compute):
+        """One unit: compute it, save it, say so."""
+        work = Work.current = Work(path)
+        try:
+            result = compute(name)
+        finally:
+            Work.current = None
+        device, seconds = device_name(self.args.device), time.time() - work.start
+        save(path, {"unit": name, "result": result, "seconds": seconds, "device": device,
+                    "torch": str(torch.__version__)})
+        say(f"{name}: {seconds:.1f} s{work.last}")
 
     def unit(self, name, compute):
         """The result of one unit that stands alone: from its file, else of compute()."""
@@ -439,6 +447,7 @@ class Run:
 
         results: what JSON can hold; tables: {title: rows}, metrics: rows, a row being a flat dict.
         """
+        tables = {title: rows for title, rows in tables.items() if rows}
         units = self.told.values()
         devices = sorted({f"{unit['device']}, torch {unit['torch']}" for unit in units})
         seconds = sum(unit["seconds"] for unit in units)
@@ -472,13 +481,13 @@ def join_others(device):
     return dist.get_rank(), size
 
 
-def lock(folder):
-    """An open file that keeps other commands out of the folder; it falls with the process."""
+def locked(folder):
+    """An open file that keeps other commands out of the folder; a killed command's is closed."""
+    file = open(folder / ".lock", "w")
     try:
         import fcntl
-    except ImportError:  # not on Windows
-        return None
-    file = open(folder / ".lock", "w")
+    except ImportError:  # Windows
+        return file
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -529,44 +538,44 @@ def as_markdown(rows):
 
 
 def show(values):
-    """'0.003921 ± 0.00017' of repeats (a tensor, a list or a number); of a single one no ±."""
+    """'0.003921 ± 0.0002' of repeats (a tensor, a list or a number); of a single one no ±."""
     values = torch.as_tensor(values, dtype=torch.float64).flatten()
     if len(values) == 1:
         return f"{values.item():.4g}"
-    return f"{values.mean():.4g} ± {values.std():.2g}"
+    return f"{values.mean():.4g} ± {values.std():.1g}"
 
 
-def reproduced(claim, published, here, tolerance=None, better="", fitted=False):
+def reproduced(claim, published, here, tolerance=None, better="", fitted=False, earned=True):
     """Row of a published figure. here: repeats; tolerance: the document's own, else a tenth of it.
 
     better: "lower" or "higher", what counts as better outside of it; fitted: a setting was chosen
-    to meet the figure.
+    to meet the figure; earned: have the nets learned what this figure needs?
     """
+    if tolerance is None:
+        tolerance = abs(published) / 10
     apart = torch.as_tensor(here, dtype=torch.float64).mean().item() - published
-    if abs(apart) <= (abs(published) / 10 if tolerance is None else tolerance):
+    side = "lower" if apart < 0 else "higher"
+    verdict = "worse" if better else "differs"
+    if earned and abs(apart) <= tolerance:
         verdict = "fitted" if fitted else "reproduced"
-    elif not better:
-        verdict = "differs"
-    else:
-        verdict = "better" if (apart < 0) == (better == "lower") else "worse"
-    return dict(claim=claim, document=f"{published:g}", here=show(here), verdict=verdict)
+    elif earned and side == better:
+        verdict = "better"
+    return dict(claim=claim, document=f"{published:.4g}", here=show(here), verdict=verdict)
 
 
 def ordered(claim, low, high, earned=True, document="yes"):
     """Row of a claim that the figures low lie below high, both repeats.
 
-    "yes" or "no" where the mean difference, paired by repeat, is above two standard errors, else
-    "open", as it is with one repeat. earned: have the nets learned what a "yes" needs?
+    "yes" or "no" where the mean difference, paired by repeat, is above two standard errors (the
+    number behind the means), else "open". earned: have the nets learned what a "yes" needs?
     """
-    gap = torch.as_tensor(high, dtype=torch.float64) - torch.as_tensor(low, dtype=torch.float64)
-    error = gap.std() / len(gap) ** 0.5 if len(gap) > 1 else math.inf
-    if abs(gap.mean()) <= 2 * error:
-        verdict = "open"
-    elif gap.mean() > 0 and earned:
-        verdict = "yes"
-    else:
-        verdict = "no"
-    here = f"{show(low)}; {show(high)}"
+    low, high = torch.as_tensor(low).double(), torch.as_tensor(high).double()
+    gap, error, verdict = high - low, math.inf, "open"
+    if len(gap) > 1:
+        error = gap.std() / len(gap) ** 0.5
+    if gap.mean().abs() > 2 * error:
+        verdict = "yes" if gap.mean() > 0 and earned else "no"
+    here = f"{low.mean():.3g}; {high.mean():.3g} (± {error:.1g})"
     return dict(claim=claim, document=document, here=here, verdict=verdict)
 
 

@@ -83,13 +83,10 @@ class Run(common.Run):
     """common.Run with units that get a checkpoint, and the first edition's closing table."""
 
     def __init__(self, script, args, label, additive=()):
+        if dist.is_initialized() and dist.get_rank():  # frozen_encoder_vae.py's other processes
+            common.locked = lambda folder: io.BytesIO()  # come when the first one has locked it
         super().__init__(script, args, label, additive)
         self.device, self.figures = args.device, set()
-
-    def open(self):
-        if dist.is_initialized() and dist.get_rank():  # frozen_encoder_vae.py's other processes
-            return
-        super().open()
 
     def add_earlier_flags(self):
         """These scripts have read their flags by now: tables are those of the last command."""

@@ -115,12 +115,13 @@ def test_total_is_equation_5():
     net = ae_cube.Autoencoder(6, stochastic=True)
     x, eps = torch.randn(50, 3, generator=g("x")), torch.randn(50, 6, generator=g("e"))
     y, var, z, x_hat = net(x, eps, 0.1)
-    total, terms = ae_cube.loss(x, y, var, z, x_hat, eps[:20], 2.0, 3.0, 5.0)
+    total, terms = ae_cube.loss(x, y, var, z, x_hat, eps[:20], "y", 2.0, 3.0, 5.0)
     mse, penalty, kl, mmd = (terms[key] for key in ("mse", "penalty", "kl", "mmd"))
     assert torch.allclose(total, mse + 2 * penalty + 3 * kl + 5 * mmd) and mmd.abs() > 1e-3
     assert torch.allclose(penalty, ae_cube.moment_penalty(y))
-    on_z = ae_cube.loss(x, y, var, z, x_hat, None, 1.0, 0.0, 0.0, "z")[1]
-    assert torch.allclose(on_z["penalty"], ae_cube.moment_penalty(z)) and "mmd" not in on_z
+    on_z = ae_cube.loss(x, y, var, z, x_hat, penalised="z", c=1.0)[1]
+    assert torch.allclose(on_z["penalty"], ae_cube.moment_penalty(z))
+    assert set(on_z) == {"mse", "penalty", "rate", "total"}  # what has no weight is not there
 
 
 # --- model and training ---
@@ -162,7 +163,7 @@ def test_training_is_plain_gradient_descent_on_the_loss():
     eps = torch.randn(ae_cube.BATCH, 4, generator=generator)
     target = torch.randn(ae_cube.MMD_ROWS, 4, generator=generator)
     y, var, z, x_hat = net(x, eps, row.noise)
-    total, _ = ae_cube.loss(x, y, var, z, x_hat, target, 0.0, 2.0, 3.0)
+    total, _ = ae_cube.loss(x, y, var, z, x_hat, target, beta=2.0, lam=3.0)
     total.backward()
     optimiser.step()
     assert torch.isclose(log["total"][0, 0, 0], total.detach(), rtol=1e-5)
@@ -217,7 +218,7 @@ def test_mutual_information_brackets_that_of_a_gaussian_channel(signal):
     z = y + noise.sqrt() * torch.randn(n, 3, generator=g("n"))
     exact = 0.5 * (1 + signal / noise).log2().sum().item()
     low, high = ae_cube.mutual_information(y, noise.expand(n, 3), z)
-    assert low.item() - 0.05 < exact < high.item() + 0.05 and high - low < 0.4
+    assert low.item() - 0.1 < exact < high.item() + 0.1 and high - low < 0.4
     dead = ae_cube.mutual_information(0 * y, noise.expand(n, 3), z)
     assert max(map(abs, dead)) < 1e-3  # the code of a dead encoder tells nothing
 
@@ -259,7 +260,7 @@ def test_yardsticks_of_the_facts():
     assert ae_cube.linear_code_bits(15, 6) == pytest.approx(9.0, abs=0.02)
     bits = 3 * math.log2(1 + 10**1.5)
     assert ae_cube.shannon_lower_bound(bits) == pytest.approx(2.7e-5, abs=5e-7)
-    clouds = list(ae_cube.yardsticks(0, 2000).values())
+    clouds = [float(row["generative KL"]) for row in ae_cube.yardsticks(0, 2000)]
     assert clouds == pytest.approx([0.01, 0.22, 1.08, 1.50, 1.95, 6.85], abs=0.12)
 
 
@@ -301,14 +302,18 @@ def test_claims_about_f2_look_at_every_figure():
     at["f2, 20 dB, d=4"] = measures(mse=1e-4, information_low=6.0, information_high=6.5)
     assert verdict(at, "f2: 15 dB, d=6 is eff") == "no"  # less error and less information
     at["f2, 20 dB, d=4"]["information_high"] += 20  # the bound does not exclude more
+    assert verdict(at, "f2: 15 dB, d=6 is eff") == "open"
+    at["f2, 20 dB, d=4"]["information_low"] += 20  # more it is
     assert verdict(at, "f2: 15 dB, d=6 is eff") == "yes"
+    at["f2, 15 dB, d=6"]["mse"] += 0.01  # above the best linear code's
+    assert verdict(at, "f2: 15 dB, d=6 is eff") == "no"
     at = f2_everywhere()
     for d in (2, 4, 6, 8):
         at[f"f2, 15 dB, d={d}"]["rate"] -= 0.4  # outside of the document's range
     assert verdict(at, "f2: rate rises") == "no"
     at["f2 few, 15 dB, d=6"], at["f2 few, 20 dB, d=6"] = measures(gap=0.1), measures(gap=0.3)
     assert verdict(at, "f2 on 1,000 points") == "yes"
-    at["f2 few, 20 dB, d=6"] = measures(gap=0.05)
+    at["f2 few, 20 dB, d=6"] = measures(gap=0.3, mse=0.5)
     assert verdict(at, "f2 on 1,000 points") == "no"
 
 
@@ -320,8 +325,8 @@ def test_generative_claims_compare_best_with_best():
     assert verdict(at(0.5, 1.0, 2.0), "f4 generates better than f3") == "yes"
     assert verdict(at(1.0, 0.5, 2.0), "f4 generates better than f3") == "no"
     assert verdict(at(1.0, 1.001, 2.0, mse=0.5), "f4 generates better than f3") != "yes"
-    assert verdict(at(0.5, 1.0, 2.0), "f5 worse than f4") == "yes"
-    assert verdict(at(0.5, 1.0, 0.2), "f5 worse than f4") == "no"
+    assert verdict(at(0.5, 1.0, 2.0), "no weights of the plane") == "yes"
+    assert verdict(at(0.5, 1.0, 0.2), "no weights of the plane") == "no"
 
 
 # --- the run ---
@@ -350,9 +355,9 @@ def test_smoke_writes_everything(smoke):
     assert {row["verdict"] for row in closing} == {"-"} and len(closing) > 20
     assert all(len(line) < 100 for line in (folder / "table.md").read_text().splitlines()[3:])
     header, *lines = (folder / "metrics.csv").read_text().splitlines()
-    assert header == "model,seed,block,mse,penalty,kl,rate,total,mmd" and len(lines) > 1000
+    assert header == "model,seed,block,mse,rate,total,penalty,kl,mmd" and len(lines) > 1000
     f2 = next(line for line in lines if line.startswith('"f2,'))
-    assert f2.endswith(",")  # no MMD where none was trained with
+    assert f2.endswith(",,")  # no KL and no MMD where none was trained with
 
 
 def test_weights_reload_and_give_the_measured_numbers(smoke):
@@ -380,6 +385,7 @@ def untrained(patch, tmp_path_factory, kill=False):
         return net
 
     patch.setattr(ae_cube, "RATE", 0.0)
+    patch.setattr(ae_cube, "plot", lambda *rest: None)
     if kill:
         patch.setattr(ae_cube, "build", dead)
     flags = "--steps 1 --seeds 3 --held-out 500 --points 1000 --preset quick"
@@ -404,15 +410,14 @@ def test_null_test_sees_a_loosened_verdict(monkeypatch, tmp_path_factory):
 
 
 def test_one_seed_gives_no_verdicts():
-    flags = ["--steps", "1", "--seeds", "1", "--models", "f2", "f3"]
+    flags = ["--steps", "1", "--seeds", "1", "--models", "f3", "f5", "--held-out", "500"]
     table, *_ = ae_cube.main([*SMOKE, *flags, "--preset", "quick"])["tables"].values()
     assert {row["verdict"] for row in table} == {"-"}
 
 
-@pytest.mark.parametrize("part", ["f2-d4.1.checkpoint", "f4-d4.pt"])
-def test_kill_and_continue_equals_an_undisturbed_run(part, smoke, killed_and_continued):
-    """A real kill -9, in the middle of a unit or between two, then the same command again."""
-    assert "reused f1-d6" in killed_and_continued("ae_cube", part)
+def test_kill_and_continue_equals_an_undisturbed_run(smoke, killed_and_continued):
+    """A real kill -9 in the middle of a unit, then the same command again."""
+    assert "reused f1-d6" in killed_and_continued("ae_cube", "f2-d4.1.checkpoint")
     report = json.load(open("run/results.json"))
     assert report["results"] == smoke[1]["results"] and report["tables"] == smoke[1]["tables"]
     assert open("run/metrics.csv").read() == (smoke[0] / "metrics.csv").read_text()
@@ -466,7 +471,7 @@ def test_one_point_of_the_plane_gives_its_figures():
     report = ae_cube.main([*SMOKE, "--models", "f2", "--snr", "-1e0", "--latent", "5"])
     (row,) = report["tables"]["Models, on held-out points"]
     assert row["model"] == "f2, -1 dB, d=5" and report["tables"].keys() == {
-        "Models, on held-out points", "Beyond the document"}
+        "Models, on held-out points", "Yardsticks"}
 
 
 def test_the_copy_test():
@@ -483,7 +488,7 @@ optimiser = torch.optim.Adam(net.parameters(), 1e-2)
 for step in range(100):
     x = cube_surface(250, g)
     eps, target = torch.randn(250, 4, generator=g), torch.randn(64, 4, generator=g)
-    total, terms = loss(x, *net(x, eps, 0.03), target, 0.0, 0.0, 1.0)
+    total, terms = loss(x, *net(x, eps, 0.03), target, lam=1.0)
     optimiser.zero_grad()
     total.backward()
     optimiser.step()
