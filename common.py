@@ -125,7 +125,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, doc, presets):
         super().__init__(description=doc, allow_abbrev=False, formatter_class=Formatter)
-        self._negative_number_matcher = re.compile(r"-\d*\.?\d+(e[-+]?\d+)?$", re.I)  # -1e1 is no flag
+        self._negative_number_matcher = re.compile(r"-\d*\.?\d+(e[-+]?\d+)?$", re.I)  # no flags
         self.presets = presets
         add = self.add_argument_group("flags of all scripts").add_argument
         add("--preset", choices=list(presets), default="quick",
@@ -233,9 +233,9 @@ def load(path):
         die(f"cannot read {path}: {error.strerror}")
     try:
         return torch.load(data, map_location="cpu", weights_only=True)
-    except MemoryError:
-        raise
-    except Exception:  # torch.load raises half a dozen kinds on a damaged file
+    except Exception as error:  # torch.load raises half a dozen kinds on a damaged file
+        if isinstance(error, MemoryError) or "memory" in str(error):
+            raise
         die(f"{path} is damaged: delete it, the same command computes it again")
 
 
@@ -555,11 +555,14 @@ def reproduced(claim, published, here, tolerance=None, better="", fitted=False, 
         tolerance = abs(published) / 10
     apart = torch.as_tensor(here, dtype=torch.float64).mean().item() - published
     side = "lower" if apart < 0 else "higher"
-    verdict = "worse" if better else "differs"
-    if earned and abs(apart) <= tolerance:
+    if abs(apart) <= tolerance:
         verdict = "fitted" if fitted else "reproduced"
-    elif earned and side == better:
-        verdict = "better"
+    elif not better:
+        verdict = "differs"
+    else:
+        verdict = "better" if side == better else "worse"
+    if not earned and verdict not in ("worse", "differs"):
+        verdict = "open"
     return dict(claim=claim, document=f"{published:.4g}", here=show(here), verdict=verdict)
 
 
@@ -573,8 +576,10 @@ def ordered(claim, low, high, earned=True, document="yes"):
     gap, error, verdict = high - low, math.inf, "open"
     if len(gap) > 1:
         error = gap.std() / len(gap) ** 0.5
-    if gap.mean().abs() > 2 * error:
-        verdict = "yes" if gap.mean() > 0 and earned else "no"
+    if gap.mean() < -2 * error:
+        verdict = "no"
+    elif gap.mean() > 2 * error and earned:
+        verdict = "yes"
     here = f"{low.mean():.3g}; {high.mean():.3g} (± {error:.1g})"
     return dict(claim=claim, document=document, here=here, verdict=verdict)
 

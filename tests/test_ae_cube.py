@@ -158,10 +158,10 @@ def test_training_is_plain_gradient_descent_on_the_loss():
     params, log = ae_cube.train([row], [0], "one", 1, 1000)
     net, generator = ae_cube.build(row, 0), common.generator(0, "one")
     data = ae_cube.cube_surface(1000, generator)
-    optimiser = torch.optim.Adam(net.parameters(), ae_cube.RATE, betas=(0.9, 0.99))
+    optimiser = torch.optim.Adam(net.parameters(), ae_cube.LEARNING_RATE, betas=(0.9, 0.99))
     x = data[torch.randint(1000, (ae_cube.BATCH,), generator=generator)]
     eps = torch.randn(ae_cube.BATCH, 4, generator=generator)
-    target = torch.randn(ae_cube.MMD_ROWS, 4, generator=generator)
+    target = torch.randn(ae_cube.MMD_POINTS, 4, generator=generator)
     y, var, z, x_hat = net(x, eps, row.noise)
     total, _ = ae_cube.loss(x, y, var, z, x_hat, target, beta=2.0, lam=3.0)
     total.backward()
@@ -185,7 +185,7 @@ def test_training_anneals_and_the_rate_falls(monkeypatch):
 
 
 def test_training_stops_at_a_non_finite_loss(monkeypatch):
-    monkeypatch.setattr(ae_cube, "RATE", math.inf)
+    monkeypatch.setattr(ae_cube, "LEARNING_RATE", math.inf)
     with pytest.raises(FloatingPointError, match="f3-d6: mse is not finite at step 1$"):
         ae_cube.train(ae_cube.rows_of("f3", 15, 6), [0], "f3-d6", 3, 500)
 
@@ -305,16 +305,16 @@ def test_claims_about_f2_look_at_every_figure():
     assert verdict(at, "f2: 15 dB, d=6 is eff") == "open"
     at["f2, 20 dB, d=4"]["information_low"] += 20  # more it is
     assert verdict(at, "f2: 15 dB, d=6 is eff") == "yes"
-    at["f2, 15 dB, d=6"]["mse"] += 0.01  # above the best linear code's
-    assert verdict(at, "f2: 15 dB, d=6 is eff") == "no"
+    at["f2, 15 dB, d=6"]["mse"] += 0.4  # has not learned
+    assert verdict(at, "f2: 15 dB, d=6 is eff") != "yes"
     at = f2_everywhere()
     for d in (2, 4, 6, 8):
         at[f"f2, 15 dB, d={d}"]["rate"] -= 0.4  # outside of the document's range
-    assert verdict(at, "f2: rate rises") == "no"
+    assert verdict(at, "f2: rate rises") == "open"
     at["f2 few, 15 dB, d=6"], at["f2 few, 20 dB, d=6"] = measures(gap=0.1), measures(gap=0.3)
-    assert verdict(at, "f2 on 1,000 points") == "yes"
+    assert verdict(at, "f2 overfits more") == "yes"
     at["f2 few, 20 dB, d=6"] = measures(gap=0.3, mse=0.5)
-    assert verdict(at, "f2 on 1,000 points") == "no"
+    assert verdict(at, "f2 overfits more") == "open"
 
 
 def test_generative_claims_compare_best_with_best():
@@ -325,8 +325,8 @@ def test_generative_claims_compare_best_with_best():
     assert verdict(at(0.5, 1.0, 2.0), "f4 generates better than f3") == "yes"
     assert verdict(at(1.0, 0.5, 2.0), "f4 generates better than f3") == "no"
     assert verdict(at(1.0, 1.001, 2.0, mse=0.5), "f4 generates better than f3") != "yes"
-    assert verdict(at(0.5, 1.0, 2.0), "no weights of the plane") == "yes"
-    assert verdict(at(0.5, 1.0, 0.2), "no weights of the plane") == "no"
+    assert verdict(at(0.5, 1.0, 2.0), "no f5 of the plane") == "yes"
+    assert verdict(at(0.5, 1.0, 0.2), "no f5 of the plane") == "no"
 
 
 # --- the run ---
@@ -384,7 +384,7 @@ def untrained(patch, tmp_path_factory, kill=False):
             net.decoder[-1].bias.mul_(0)
         return net
 
-    patch.setattr(ae_cube, "RATE", 0.0)
+    patch.setattr(ae_cube, "LEARNING_RATE", 0.0)
     patch.setattr(ae_cube, "plot", lambda *rest: None)
     if kill:
         patch.setattr(ae_cube, "build", dead)
