@@ -353,7 +353,8 @@ class Run:
         """Make sure that the folder is empty or holds a run with these flags."""
         if self.file.exists():
             old = read_config(self.file)["config"]
-            told = [f"{key} {value}" for key, value in old.items() if self.config.get(key) != value]
+            told = [f"--{key.replace('_', '-')} {value}" for key, value in old.items()
+                    if self.config.get(key) != value]
             if told and not (self.args.fresh and old["script"] == self.script):
                 die(f"{self.folder} holds a run with {', '.join(told)}: choose another --out, or "
                     "--fresh to start over")
@@ -678,11 +679,13 @@ def glyphs(n, seed, channels=1, device="cpu"):
              for name in GLYPH_FONTS for size in range(20, 29, 2)]
     x, y = torch.empty(n, 1, 28, 28), torch.empty(n, dtype=torch.long)
     for i in range(n):
-        y[i] = digit = dice.randrange(10)
-        image, place = Image.new("L", (28, 28)), (dice.uniform(12, 16), dice.uniform(12, 16))
-        ImageDraw.Draw(image).text(place, str(digit), 255, dice.choice(fonts), anchor="mm")
-        image = image.rotate(dice.uniform(-15, 15), Image.Resampling.BILINEAR)
-        x[i, 0] = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(28, 28) / 255
+        y[i] = dice.randrange(10)
+        image = Image.new("L", (28, 28))
+        ImageDraw.Draw(image).text((14, 14), str(y[i].item()), 255, dice.choice(fonts), anchor="mm")
+        shift = dice.uniform(-2, 2), dice.uniform(-2, 2)
+        image = image.rotate(dice.uniform(-15, 15), Image.Resampling.BILINEAR, translate=shift)
+        pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+        x[i] = pixels.view(1, 28, 28) / 255
     if channels == 3:
         g = generator(seed, "colours")
         ground = torch.rand(n, 3, 1, 1, generator=g)

@@ -260,7 +260,7 @@ def test_damaged_or_foreign_configurations_are_one_line(refused):
     whole["config"]["script"] = "other"
     json.dump(whole, open("run/config.json", "w"))
     for extra in ([], ["--fresh"]):
-        assert "script other" in refused(toy.main, [*SMALL, *extra])
+        assert "--script other" in refused(toy.main, [*SMALL, *extra])
     assert len(os.listdir("run/units")) == 3
 
 

@@ -603,7 +603,9 @@ def test_smoke_writes_everything(smoke):
     folder, report = smoke
     names = "4_lso-1 5_lso-2 6_methods 7_success walk".split()
     assert {path.name for path in folder.glob("*.*")} == {
+        ".lock",
         "config.json",
+        "table.md",
         "results.json",
         "metrics.csv",
         *(f"fig_{name}.png" for name in names),
