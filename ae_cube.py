@@ -616,7 +616,7 @@ def plot_cells(ax, cells, measure, title):
         place = BETAS.index(10), LAMBDAS.index(lam)
         ax.plot(*place, "s", ms=30, mfc="none", mec=common.COLOURS[1], mew=2)
         ax.annotate(label, place, (0, -23), textcoords="offset points", ha="center",
-                    fontsize="small", color=common.COLOURS[1])
+                    fontsize="x-small", color=common.COLOURS[1])
     ax.set_xticks(range(len(BETAS)), BETAS)
     ax.set_yticks(range(len(LAMBDAS)), LAMBDAS)
     ax.set_xlabel("β, weight of the KL (left column: f4)")
