@@ -5,7 +5,7 @@ AIML425, 2024). With z = y(x) + noise, each of the models f1 to f5 minimises
 
     L = MSE(x, x_hat) + c * penalty(y) + beta_t * KL + lambda_t * MMD^2       (Eq. 5, Table 2)
 
-    python ae_cube.py                          all models, 3 seeds: about 5 minutes on 2 CPU cores
+    python ae_cube.py                          all models, 3 seeds: 5 to 6 minutes on 2 CPU cores
     python ae_cube.py --tune                   adds the Optuna search: about 3 minutes more
     python ae_cube.py --models f2 --snr 12 --latent 5 --out out/f2     one SNR and latent size
 

@@ -85,19 +85,19 @@ def cube_rows(model, d):
 
 def lso(groups, starts=100, steps=20):
     """Algorithm 3 on LSO-2's nets for `starts` starts, in so many groups; untrained nets do."""
-    g = common.generator(0, "bench")
-    nets = lso_mnist.build("LSO-2", lso_mnist.MODELS["LSO-2"], 1, g)
-    classifier = lso_mnist.MLP([196, 64, 10], 1, g, out=torch.sigmoid)
-    nets.requires_grad_(False), classifier.requires_grad_(False)
-    digits = torch.arange(starts)[None] % 10
-    for v, wanted in zip(
-        torch.randn(1, starts, 20, generator=g).chunk(groups, 1), digits.chunk(groups, 1)
-    ):
+    decoder = lso_mnist.build("LSO-2", lso_mnist.NETS["LSO-2"], 0).decoder
+    classifier = lso_mnist.Classifier()
+    decoder.requires_grad_(False), classifier.requires_grad_(False)
+    v = torch.randn(starts, 20, generator=common.generator(0, "bench"))
+    digits = torch.arange(starts) % 10
+    for some, wanted in zip(v.chunk(groups), digits.chunk(groups)):
         lso_mnist.algorithm_3(
-            lambda v: lso_mnist.total_squared_error(classifier(nets["decoder"](v)), wanted),
-            v,
-            lso_mnist.RULES["fine"][0],
+            lambda v: lso_mnist.total_squared_error(classifier(decoder(v)), wanted),
+            some,
+            -0.002,
             steps,
+            lso_mnist.THRESHOLD,
+            float("inf"),
         )
 
 
