@@ -688,7 +688,9 @@ def glyphs(n, seed, channels=1, device="cpu"):
         x[i] = pixels.view(1, 28, 28) / 255
     if channels == 3:
         g = generator(seed, "colours")
-        ground = torch.rand(n, 3, 1, 1, generator=g)
-        ink = (ground + 0.3 + 0.4 * torch.rand(n, 3, 1, 1, generator=g)) % 1  # 0.3 away at least
+        ground = 0.45 * torch.rand(n, 3, 1, 1, generator=g)
+        ink = 1 - 0.45 * torch.rand(n, 3, 1, 1, generator=g)
         x = ground + (ink - ground) * x  # (n, 3, 28, 28)
+        negative = torch.rand(n, 1, 1, 1, generator=g) < 0.5
+        x = torch.where(negative, 1 - x, x)  # dark on light
     return x.to(device), y.to(device)

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import pathlib
 import platform
 import time
 
@@ -91,6 +92,10 @@ class Run(common.Run):
     def add_earlier_flags(self):
         """These scripts have read their flags by now: tables are those of the last command."""
 
+    @property
+    def seconds(self):
+        return {name: told["seconds"] for name, told in self.told.items()}
+
     def __exit__(self, kind, error, trace):
         super().__exit__(kind, error, trace)
         if isinstance(error, FloatingPointError):
@@ -125,7 +130,7 @@ class Run(common.Run):
         for path in self.folder.glob("fig_*.png"):
             if path.name not in self.figures:
                 path.unlink()  # of an earlier command in this folder
-        seconds = {name: told["seconds"] for name, told in self.told.items()}
+        seconds = self.seconds
         device = common.device_name(self.device)
         report = {
             "script": self.script, "label": self.label, "config": self.config, "results": results,
@@ -212,3 +217,51 @@ def plot_sheet(images, width, height, rows=(), columns=(), **options):
     fig, (ax,) = panels(1, 1, width * images.shape[1] + 1, height * len(images) + 0.5)
     common.image_sheet(ax, images, rows, columns, **options)
     return fig
+
+
+GLYPH_FONTS = """DejaVuSans DejaVuSans-Bold DejaVuSans-Oblique DejaVuSansMono DejaVuSansMono-Bold
+    DejaVuSerif DejaVuSerif-Bold DejaVuSerif-Italic STIXGeneral STIXGeneralBol STIXGeneralItalic
+    STIXGeneralBolIta cmr10 cmb10 cmss10 cmtt10""".split()
+
+
+def glyphs(n, seed, channels=1, device="cpu"):
+    """Digits in matplotlib's own fonts, warped: x (n, channels, 28, 28) in [0, 1], labels y (n,).
+
+    Rotation within 15 degrees, shear 0.25, scale 0.8 to 1.15, shift 2 pixels, three stroke widths;
+    with 3 channels also random colours of ink and ground. Equal n and seed give equal images.
+    """
+    import matplotlib
+    from PIL import Image, ImageDraw, ImageFont
+    folder, shapes = pathlib.Path(matplotlib.get_data_path(), "fonts", "ttf"), []
+    for name in GLYPH_FONTS:
+        font = ImageFont.truetype(str(folder / f"{name}.ttf"), 50)
+        for digit in "0123456789":
+            for stroke in range(3):
+                image = Image.new("L", (56, 56))
+                left, top, right, bottom = font.getbbox(digit, stroke_width=stroke)
+                ImageDraw.Draw(image).text((28 - (left + right) / 2, 28 - (top + bottom) / 2),
+                                           digit, 255, font, stroke_width=stroke)
+                shapes.append(torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8))
+    shapes = torch.stack(shapes).view(len(GLYPH_FONTS), 10, 3, 1, 56, 56)
+    g = common.generator(seed, "glyphs")
+
+    def uniform(low, high, *size):
+        return low + (high - low) * torch.rand(size, generator=g)
+
+    font, y, stroke = (torch.randint(k, (n,), generator=g) for k in shapes.shape[:3])
+    angle, shear, scale = uniform(-0.26, 0.26, n), uniform(-0.25, 0.25, n), uniform(0.8, 1.15, n)
+    turn = torch.stack([angle.cos(), shear - angle.sin(), angle.sin(), angle.cos()], 1)
+    turn = turn.view(n, 2, 2) / scale.view(n, 1, 1)  # where to look in the drawing: inverse scale
+    theta = torch.cat([turn, uniform(-0.14, 0.14, n, 2, 1)], 2)  # (n, 2, 3)
+    x = torch.empty(n, 1, 28, 28)
+    for part in torch.arange(n).split(2000):
+        fine = shapes[font[part], y[part], stroke[part]].float() / 255  # (2000, 1, 56, 56)
+        grid = torch.nn.functional.affine_grid(theta[part], list(fine.shape), align_corners=False)
+        fine = torch.nn.functional.grid_sample(fine, grid, align_corners=False)  # twice too large
+        x[part] = torch.nn.functional.avg_pool2d(fine, 2)
+    if channels == 3:
+        dark, light = uniform(0, 0.45, n, 3, 1, 1), uniform(0.55, 1, n, 3, 1, 1)
+        swap = torch.rand(n, 1, 1, 1, generator=g) < 0.5
+        ground, ink = torch.where(swap, light, dark), torch.where(swap, dark, light)
+        x = ground + (ink - ground) * x  # (n, 3, 28, 28)
+    return x.clamp(0, 1).to(device), y.to(device)
