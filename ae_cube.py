@@ -279,9 +279,6 @@ def train(rows, seeds, name, steps, points, device="cpu"):
             target = latent_target(z, gauss, own_moments)
         return loss(x, y, var, z, x_hat, target, shared.penalised, **weights)
 
-    def batch(x, g):
-        return x[torch.randint(len(x), (BATCH,), generator=g, device=device)]
-
     def draw(n):
         """Standard normal numbers (M, n, D), a seed's the same for all rows."""
         own = [torch.randn(n, shared.d, generator=g, device=device) for g in generators]
@@ -294,7 +291,8 @@ def train(rows, seeds, name, steps, points, device="cpu"):
             weights["beta"] = annealed(*beta.T, step, ANNEAL * steps)  # (M,)
         if use_mmd:
             weights["lam"] = annealed(*lam.T, step, ANNEAL * steps)
-        x = torch.stack([batch(*both) for both in zip(data, generators)]).repeat(R, 1, 1)
+        batches = [batch(points, g) for points, g in zip(data, generators)]
+        x = torch.stack(batches).repeat(R, 1, 1)  # (M, B, 3)
         eps, gauss = draw(BATCH), draw(MMD_POINTS)
         total, values = vmap(loss_of_one)(params, x, eps, gauss, noise, held, own_moments, weights)
         optimiser.zero_grad()
@@ -304,7 +302,13 @@ def train(rows, seeds, name, steps, points, device="cpu"):
     return params, dict(zip(terms, log.view(steps, len(terms), R, S).unbind(1)))
 
 
+def batch(points, g):
+    """A batch of points, drawn with replacement. (n, 3) -> (B, 3)"""
+    return points[torch.randint(len(points), (BATCH,), generator=g, device=points.device)]
+
+
 def build(row, seed):
+    """The untrained net of a seed."""
     torch.manual_seed(common.generator(seed, f"net {row.d}").initial_seed())
     return Autoencoder(row.d, row.stochastic)
 

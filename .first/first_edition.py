@@ -1,12 +1,11 @@
-"""What the scripts of the first edition need beside common.py; it goes when the last one is rewritten.
+"""What the scripts of the first edition need beside common.py; it goes with the last of them.
 
-lso_mnist.py, vae_lj_fluid.py, frozen_encoder_vae.py and eae_simmering.py import it as `common`.
+vae_lj_fluid.py, frozen_encoder_vae.py and eae_simmering.py import it as `common`.
 """
 import functools
 import io
 import json
 import math
-import os
 import pathlib
 import platform
 import time
