@@ -20,6 +20,8 @@ SECTIONS = dict(re.findall(r"^## `(\w+)\.py`\n(.*?)(?=^## |\Z)", README, re.S | 
 
 def global_state():
     """What a notebook would not like to find changed."""
+    environment = dict(os.environ)
+    environment.pop("TORCHINDUCTOR_CACHE_DIR", None)  # torch's own, when torch.func is first used
     return {
         "dtype": torch.get_default_dtype(),
         "threads": (torch.get_num_threads(), torch.get_num_interop_threads()),
@@ -27,7 +29,7 @@ def global_state():
         "precision": torch.get_float32_matmul_precision(),
         "grad": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
         "figures": dict(rcParams),
-        "system": (dict(os.environ), os.getcwd()),
+        "system": (environment, os.getcwd()),
     }
 
 
