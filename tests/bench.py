@@ -109,8 +109,9 @@ def plain_fluid(program, gamma, systems, sweeps=2500, seed=1):
 
 
 def fluid(gamma, systems, sweeps=2500):
+    g = common.generator(0, f"bench {gamma}")
     return vae_lj_fluid.metropolis(
-        vae_lj_fluid.Fluid((gamma,), systems, sweeps), f"bench {gamma}", compile=True
+        gamma, systems, sweeps, vae_lj_fluid.lennard_jones, g, compile=True
     )
 
 
@@ -135,13 +136,13 @@ def fluid_against_cpp(repeats=3):
             "5 ×",
         )
         apart, accept = [], []
-        for gamma in vae_lj_fluid.RERUN:
+        for gamma in vae_lj_fluid.GAMMAS:
             U, height, accepted = plain_fluid(program, gamma, 400).T
-            found = fluid(gamma, 2000)
-            here, error = found["energy"][-1, 0].item(), found["error"][-1, 0].item()
-            error = (error**2 + U.var().item() / 400) ** 0.5
-            apart.append(abs(U.mean().item() - here) / error)
-            accept.append(abs(accepted.mean() - found["acceptance"].mean()).item())
+            xy, share = fluid(gamma, 2000)
+            here = vae_lj_fluid.energy(xy, gamma, vae_lj_fluid.lennard_jones)
+            error = (here.var() / 2000 + U.var() / 400).sqrt()
+            apart.append(((U.mean() - here.mean()).abs() / error).item())
+            accept.append((accepted.mean() - share).abs().item())
         add(
             "vae_lj_fluid",
             "energies at four γ: difference from the C++, in standard errors",
