@@ -171,7 +171,7 @@ def plain_vae(layers, prior, x):
 
 def our_vae(layers, encoder, prior, x):
     vae = frozen_encoder_vae.build(layers, encoder, [prior], 1, 0)
-    frozen_encoder_vae.train("bench", vae, x, "as-published", 1, common.generator(0, "bench"))
+    frozen_encoder_vae.train("bench", vae, x, "as-published", 1, 256, common.generator(0, "bench"))
 
 
 def encoder_steps(how, chain=30, steps=200):

@@ -180,8 +180,8 @@ def test_re_of_a_frozen_encoder_does_not_depend_on_the_prior():
     alone = vae("conv", "NL", "flow2")
     alone.priors.load_state_dict({key: value for key, value in together.priors.state_dict().items()
                                   if key.startswith("flow2")})
-    log = fe.train("", together, digits(300), "as-published", 2, g())
-    other = fe.train("", alone, digits(300), "as-published", 2, g())
+    log = fe.train("", together, digits(300), "as-published", 2, 256, g())
+    other = fe.train("", alone, digits(300), "as-published", 2, 256, g())
     assert torch.allclose(log[:, [0, 2]], other, rtol=1e-5)
     for key, value in alone.state_dict().items():
         assert torch.allclose(value, together.state_dict()[key], atol=1e-5), key
@@ -195,7 +195,7 @@ def test_re_of_a_frozen_encoder_does_not_depend_on_the_prior():
 def test_frozen_weights_stay_and_all_others_move(layers, encoder):
     net = vae(layers, encoder, "flow2")
     before = {key: value.clone() for key, value in net.state_dict().items()}
-    fe.train("test", net, digits(256), "as-published", 2, g())
+    fe.train("test", net, digits(256), "as-published", 2, 256, g())
     moved = {key for key, value in net.state_dict().items() if not torch.equal(value, before[key])}
     stay = {"L": (), "PNL": ("encoder.body",)}.get(encoder, ("encoder",))
     still = (*stay, "encoder.shift", "encoder.scale")
@@ -205,7 +205,7 @@ def test_frozen_weights_stay_and_all_others_move(layers, encoder):
 def test_training_equals_a_plain_loop():
     """Frozen features computed once, against a loop that does all of it in every step."""
     x, net, plain = digits(600), vae("conv", "PNL", "flow2"), vae("conv", "PNL", "flow2")
-    log = fe.train("test", net, x, "as-published", 2, g())
+    log = fe.train("test", net, x, "as-published", 2, 256, g())
     generator, means = g(), []
     adam = torch.optim.Adam([p for p in plain.parameters() if p.requires_grad], 1e-3)
     for _ in range(2):
@@ -557,7 +557,7 @@ def test_weights_reload_and_give_the_measured_numbers(smoke):
 
 def dead_run(monkeypatch, trained):
     """A quick run, two repeats, small, whose nets are not trained; its closing table."""
-    def train_unit(unit, model, seed, x, objective, epochs):
+    def train_unit(unit, model, seed, x, objective, epochs, batch):
         net = fe.make(model, seed, x)
         if model.layers == "fc" and trained == "mean image":
             net.decoder[-2].weight.data.zero_()
