@@ -474,8 +474,6 @@ def join_others(device):
     size = int(os.environ.get("WORLD_SIZE", 1))
     if size == 1 or "MASTER_ADDR" not in os.environ:  # cluster managers may set RANK alone
         return 0, 1
-    if dist.is_initialized():  # by a script of the first edition, which shares its units itself
-        return 0, 1
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))

@@ -1,6 +1,6 @@
 """What the scripts of the first edition need beside common.py; it goes with the last of them.
 
-vae_lj_fluid.py, frozen_encoder_vae.py and eae_simmering.py import it as `common`.
+vae_lj_fluid.py and eae_simmering.py import it as `common`.
 """
 import functools
 import io
@@ -12,7 +12,6 @@ import time
 
 import common
 import torch
-import torch.distributed as dist
 from common import *  # noqa: F403
 from common import die, note, panels, say, write
 
@@ -83,8 +82,6 @@ class Run(common.Run):
     """common.Run with units that get a checkpoint, and the first edition's closing table."""
 
     def __init__(self, script, args, label, additive=()):
-        if dist.is_initialized() and dist.get_rank():  # frozen_encoder_vae.py's other processes
-            common.locked = lambda folder: io.BytesIO()  # come when the first one has locked it
         super().__init__(script, args, label, additive)
         self.device, self.figures = args.device, set()
 
