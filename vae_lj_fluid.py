@@ -10,7 +10,7 @@ A VAE learns the matrices of distances r_ij / (L sqrt 2), four gammas together:
 
     loss = MSE(x, x_hat) + lambda KL(q(z|x) || N(0, 1)), means over entries and dimensions
 
-    python vae_lj_fluid.py                       about 14 minutes on 2 CPU cores
+    python vae_lj_fluid.py                       about 15 minutes on 2 CPU cores
     python vae_lj_fluid.py --lambdas 0.000035    then another weight of the KL, same folder
     python vae_lj_fluid.py --sweeps 10000 --out out/settled   nearer to equilibrium
 
@@ -33,30 +33,28 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-LATENT, LAMBDA = 40, 0.00035  # the authors' D, and weight of the KL
-
 # C configurations (chains), N particles, G gammas, B batch, D latent dimensions, K records.
 # compared: epochs of the convolutional nets beside the main one; tests: configurations that
-# are evaluated, of each set; chains (of a gamma) and long: of the long run, and its sweeps;
-# lambdas=[LAMBDA]: no other one
+# are evaluated, of each set; chains (of a gamma) and long: of the long run, and its sweeps
 PRESETS = {
     "smoke": dict(configurations=50, sweeps=40, epochs=2, latents=[5], lambdas=[3.5e-3],
                   compile=False, batch=32, compared=1, tests=40, chains=10, long=80),
-    "quick": dict(configurations=4000, sweeps=2500, epochs=3, latents=[5], lambdas=[LAMBDA],
-                  compile=True, batch=16, compared=1, tests=2000, chains=400, long=25_000),
+    "quick": dict(configurations=4000, sweeps=2500, epochs=3, latents=[5], lambdas=[3.5e-3],
+                  compile=True, batch=16, compared=1, tests=2000, chains=200, long=25_000),
     "paper": dict(configurations=10_000, sweeps=2500, epochs=10, latents=[5, 20, 80],
                   lambdas=[3.5e-5, 3.5e-3], compile=True, batch=128, compared=3,
                   tests=8000, chains=1000, long=25_000)}
-N = 30
-L = 10.0
-T = 0.75
+N = 30                     # particles
+L = 10.0                   # side of the box, sigma
+T = 0.75                   # temperature, epsilon
 SCALE = L * math.sqrt(2)   # of all data: the largest distance in the box is 1
 GAMMAS = [0.1, 0.4, 0.7, 1.0]
 UNSEEN, FAKE = 3.0, 0.5    # gammas of two sets that are not trained on
-STEP = 0.2
-CUTOFF = 3.0
+STEP = 0.2                 # largest move of a coordinate
+CUTOFF = 3.0               # where the potential ends
 CORE = 1e-3                # least r^2
 CHUNK = 5000               # chains at a time on a CPU, so that they stay in its cache
+LATENT, LAMBDA = 40, 0.00035  # the authors' D, and weight of the KL
 RECORDS = 40               # of the long run
 RATE = 1e-3                # Adam's
 CELLS = 20                 # of the grid, per side: 0.5 sigma each
@@ -517,7 +515,7 @@ def gram_coordinates(d):
     gram = (square[:, :, :1] + square[:, :1] - square) / 2  # g_ij = x_i . x_j, x_1 = 0
     values, vectors = torch.linalg.eigh(gram)  # ascending: (C, N), (C, N, N)
     U = vectors[..., -2:]
-    S = values[:, -2:]
+    S = values[:, -2:]  # the two largest
     points = U * S.clamp(min=0).sqrt()[:, None]  # X = U sqrt S
     return points, S.sum(1) / values.abs().sum(1)
 
@@ -541,7 +539,7 @@ def turbo_tumbler(points, angles=720):
     angle = angle * (2 * math.pi / angles)
     parts = []
     for some in points.split(250):
-        x = some[..., :1]
+        x = some[..., :1]  # (C, N, 1)
         y = some[..., 1:]
         height = angle.sin() * x + angle.cos() * y  # (C, N, A), of the points when turned
         rise = height.mean(1) - height.amin(1)  # of the centre of mass above the lowest one
@@ -797,7 +795,7 @@ def measure(nets, data, seed):
     _, before, _ = evaluate(untrained, d)
     kl = kl.mean(0)
 
-    found = {"x_hat": x_hat, "points": test.double().cpu(), "y gradient": y_gradient(data),
+    found = {"x_hat": x_hat, "y gradient": y_gradient(data),
              "representations": evaluate_representations(nets, data.xy, test)}
     z = torch.randn(len(test), LATENT, generator=g, device=test.device)
     with torch.no_grad():
@@ -1127,7 +1125,7 @@ def claims_about_nets(found, log, known):
     main = nets[MAIN]
     grid = nets["grid-conv"]
     ours = found["structure"]["reconstructed"]
-    true = SCALE * found["points"]
+    true = found["structure"]["true"]["tumbled"]
     table = [common.reproduced("MSE in the last epoch", 0.0013, log[0], None, "lower", False,
                                known),
              common.reproduced("KL per dimension there, nats", 2.110, log[1], earned=known),
@@ -1163,7 +1161,7 @@ def claims_about_sweeps(errors, models, known):
         model = models[name]
         if name != AGAIN and model == Model(latent=model.latent):
             sizes[model.latent] = error
-        if name != AGAIN and model == Model(lam=model.lam):
+        if name not in (AGAIN, AUTOENCODER) and model == Model(lam=model.lam):
             weights[model.lam] = error
     sizes = dict(sorted(sizes.items()))
     weights = dict(sorted(weights.items(), reverse=True))
@@ -1502,7 +1500,7 @@ def main(argv=None):
         def train_unit(name):
             model = models[name]
             epochs = args.epochs
-            if name != MAIN and model.net != "dense" and model.output == "distances":
+            if name != MAIN and model.net != "dense" and model.output != "coordinates":
                 epochs = compared
             return train_net(name, model, args.seed, data.xy, data.test[:1000], epochs,
                              args.batch)

@@ -1,7 +1,4 @@
-"""What the scripts of the first edition need beside common.py; it goes with the last of them.
-
-vae_lj_fluid.py and eae_simmering.py import it as `common`.
-"""
+"""What eae_simmering.py, still of the first edition, needs beside common.py; it goes with it."""
 import functools
 import io
 import json
