@@ -139,6 +139,11 @@ def move(xy, old, new, others, gamma, budget, pair):
     return torch.where(change < budget, new, old)  # accept, or stay
 
 
+def share_accepted(xy, new):
+    """The share of a sweep's trials that were accepted, of positions after it. (2, N, C)"""
+    return (xy == new).all(0).float().mean()
+
+
 def metropolis(gamma, chains, sweeps, pair, g, compile=False, start=None):
     """Sample independent systems: their positions (2, N, C), and the share of moves accepted.
 
@@ -146,24 +151,22 @@ def metropolis(gamma, chains, sweeps, pair, g, compile=False, start=None):
     gamma: a number, or a tensor (C,); g: generator on the device to compute on
     start: positions to go on from; else uniform random ones
     """
-    propose = trial
-    decide = move
+    steps = [trial, move, share_accepted]
     if compile:
-        propose = torch.compile(trial, dynamic=False)
-        decide = torch.compile(move, dynamic=False)
+        steps = [torch.compile(step, dynamic=False) for step in steps]
+    propose, decide, count = steps
     if start is None:
         start = L * torch.rand(2, N, chains, generator=g, device=g.device)
     xy = start.clone()
     gamma = torch.as_tensor(gamma, device=g.device)
-    others = 1 - torch.eye(N, device=g.device)
+    others = (1 - torch.eye(N, device=g.device))[..., None].unbind()  # (N, 1) each
     accepted = 0
     for _ in range(sweeps):
         u = torch.rand(3, N, chains, generator=g, device=g.device)
         new, budget = propose(xy, u)
         for i in range(N):  # in order, as the document does; the next one sees it moved
-            xy[:, i] = decide(xy, xy[:, i], new[:, i], others[i, :, None], gamma,
-                              budget[i], pair)
-        accepted = accepted + (xy == new).all(0).float().mean()
+            xy[:, i] = decide(xy, xy[:, i], new[:, i], others[i], gamma, budget[i], pair)
+        accepted = accepted + count(xy, new)
     return xy, accepted / sweeps
 
 

@@ -668,7 +668,7 @@ print(0.3 < accepted < 0.9, (again - d).abs().max().item() < 1e-3, error.item() 
 def test_the_copy_test():
     """The sampler, the convolutional VAE with its loss and the Gram matrix, pasted alone, run."""
     source = (ROOT / "vae_lj_fluid.py").read_text()
-    wanted = ["lennard_jones", "trial", "move", "metropolis", "VAE", "convolutions", "conv_vae",
+    wanted = ["lennard_jones", "trial", "move", "share_accepted", "metropolis", "VAE", "convolutions", "conv_vae",
               "kl_divergence", "vae_loss", "gram_coordinates"]
     parts = [ast.get_source_segment(source, node) for node in ast.parse(source).body
              if getattr(node, "name", "") in wanted]
@@ -676,4 +676,4 @@ def test_the_copy_test():
     open("pasted.py", "w").write(head + "\n\n".join(parts) + PASTED)
     done = subprocess.run([sys.executable, "pasted.py"], capture_output=True, text=True,
                           env=environment())
-    assert len(parts) == 10 and done.stdout == "tensor(True) True True\n", done.stderr
+    assert len(parts) == 11 and done.stdout == "tensor(True) True True\n", done.stderr
