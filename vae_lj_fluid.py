@@ -10,7 +10,7 @@ A VAE learns the matrices of distances r_ij / (L sqrt 2), four gammas together:
 
     loss = MSE(x, x_hat) + lambda KL(q(z|x) || N(0, 1)), means over entries and dimensions
 
-    python vae_lj_fluid.py                       about 15 minutes on 2 CPU cores
+    python vae_lj_fluid.py                       about 16 minutes on 2 CPU cores
     python vae_lj_fluid.py --lambdas 0.000035    then another weight of the KL, same folder
     python vae_lj_fluid.py --sweeps 10000 --out out/settled   nearer to equilibrium
 
@@ -145,7 +145,8 @@ def share_accepted(xy, new):
 
 
 def metropolis(gamma, chains, sweeps, pair, g, compile=False, start=None):
-    """Sample independent systems: their positions (2, N, C), and the share of moves accepted.
+    """Sample independent systems: their positions (2, N, C), and the share of moves that is
+    accepted, counted in every tenth sweep.
 
     Each begins at random points: the document resets its simulation after every sampling.
     gamma: a number, or a tensor (C,); g: generator on the device to compute on
@@ -160,14 +161,15 @@ def metropolis(gamma, chains, sweeps, pair, g, compile=False, start=None):
     xy = start.clone()
     gamma = torch.as_tensor(gamma, device=g.device)
     others = (1 - torch.eye(N, device=g.device))[..., None].unbind()  # (N, 1) each
-    accepted = 0
-    for _ in range(sweeps):
+    accepted = []
+    for sweep in range(sweeps):
         u = torch.rand(3, N, chains, generator=g, device=g.device)
         new, budget = propose(xy, u)
         for i in range(N):  # in order, as the document does; the next one sees it moved
             xy[:, i] = decide(xy, xy[:, i], new[:, i], others[i], gamma, budget[i], pair)
-        accepted = accepted + count(xy, new)
-    return xy, accepted / sweeps
+        if sweep % 10 == 0:
+            accepted.append(count(xy, new))
+    return xy, torch.stack(accepted).mean()
 
 
 def sample(name, gamma, count, sweeps, pair, seed, device, compile):
