@@ -475,7 +475,7 @@ def test_settled_needs_power():
     """Equal energies of few chains are open; of many settled; a drift of half a deviation is not."""
     for count, shift, verdict in ((20, 0.0, "open"), (5000, 0.0, "yes"), (5000, 0.5, "no")):
         xy = 10 * points(count, 1, "settled")  # one particle: U = gamma y, of deviation 10 / sqrt 12
-        later = 10 * points(count, 1, "later")[:, 0, 1] + shift * 10 / 12**0.5
+        later = xy[:, 0, 1] + shift * 10 / 12**0.5
         assert lj.settled(1.0, xy, later)["verdict"] == verdict
 
 
