@@ -675,7 +675,6 @@ def anova(y, levels, terms, permutations, g):
         df = round(projection.trace().item())
         if df == 0:  # a factor of one level
             continue
-
         unexplained = projection @ y + rest @ y  # by all other terms
         own = ratio(unexplained, projection, rest)
         others = ratio(unexplained[orders], projection, rest)
@@ -1090,6 +1089,7 @@ TABLES = {"negative ELBO": "Table 5.1: negative ELBO [document]",
           "balance": "Entropy of the samples' classes / log 10",
           "variation": "Variance of the samples, summed over pixels"}
 SCALE_COLUMNS = ["layers", "encoder", "RE", "normal", "standardised", "Gaussian", "flow6"]
+
 
 def table_of(at, measure, document):
     """One measure in the document's layout, its own means in brackets."""

@@ -472,9 +472,10 @@ def test_probe_and_texture_of_a_net_that_halves_everything():
 
 
 def test_settled_needs_power():
-    """Equal energies of few chains are open; of many settled; a drift of half a deviation is not."""
+    """Equal energies of few chains are open, of many settled; a drift of half a deviation is not.
+    """
     for count, shift, verdict in ((20, 0.0, "open"), (5000, 0.0, "yes"), (5000, 0.5, "no")):
-        xy = 10 * points(count, 1, "settled")  # one particle: U = gamma y, of deviation 10 / sqrt 12
+        xy = 10 * points(count, 1, "settled")  # U = gamma y, of deviation 10 / sqrt 12
         later = xy[:, 0, 1] + shift * 10 / 12**0.5
         assert lj.settled(1.0, xy, later)["verdict"] == verdict
 
@@ -594,6 +595,25 @@ def test_null_test_sees_a_loosened_verdict(smoke, monkeypatch):
     assert len([row for row in table if row["verdict"] in EARNED]) > 3
 
 
+def test_dead_controls_earn_nothing_for_a_main_net_that_has_learned(smoke):
+    """Rows that compare two nets, of a main net that errs little and others untrained."""
+    data, _ = data_of(smoke)
+    found = lj.measure(trained(smoke, []), data, 0)
+    for name in (lj.MAIN, lj.AGAIN):
+        one = found["representations"][name]
+        one["error"] = 0.2 * one["trivial"]
+    trivial = one["trivial"].mean().item()
+    models = lj.models_of([5], [0.0035])
+    errors = {name: 7 * trivial for name, model in models.items()
+              if model.input == model.output == "distances"}
+    errors[lj.MAIN] = errors[lj.AGAIN] = 0.2 * trivial
+    table = lj.claims(found, dict.fromkeys(lj.GAMMAS, 0.9), [], torch.ones(2), errors, models)
+    compares = ("MSE falls", "Gram", "codes' neighbours", "grid", "coordinates", "distances-dense",
+                "matrix", "deeper")
+    rows = [row for row in table if row["claim"].startswith(compares)]
+    assert len(rows) == 10 and [row for row in rows if row["verdict"] in EARNED] == []
+
+
 def test_null_of_the_sampler():
     """A gas without interactions is accepted too often, and random points are not settled."""
     xy = torch.rand(500, 30, 2, generator=g()) * 10
@@ -668,8 +688,8 @@ print(0.3 < accepted < 0.9, (again - d).abs().max().item() < 1e-3, error.item() 
 def test_the_copy_test():
     """The sampler, the convolutional VAE with its loss and the Gram matrix, pasted alone, run."""
     source = (ROOT / "vae_lj_fluid.py").read_text()
-    wanted = ["lennard_jones", "trial", "move", "share_accepted", "metropolis", "VAE", "convolutions", "conv_vae",
-              "kl_divergence", "vae_loss", "gram_coordinates"]
+    wanted = ["lennard_jones", "trial", "move", "share_accepted", "metropolis", "VAE",
+              "convolutions", "conv_vae", "kl_divergence", "vae_loss", "gram_coordinates"]
     parts = [ast.get_source_segment(source, node) for node in ast.parse(source).body
              if getattr(node, "name", "") in wanted]
     head = "import torch\nfrom torch import nn\n\n"
