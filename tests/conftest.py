@@ -12,7 +12,6 @@ import torch
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-sys.path.append(str(ROOT / ".first"))  # until the last script is rewritten
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +38,7 @@ def refused(capsys):
 def environment(**more):
     """Of a script as a process: as many threads as here, since other numbers round differently."""
     threads = str(torch.get_num_threads())
-    return dict(os.environ, PYTHONPATH=f"{ROOT}:{ROOT}/.first", OMP_NUM_THREADS=threads, **more)
+    return dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS=threads, **more)
 
 
 @pytest.fixture
@@ -48,10 +47,7 @@ def killed_and_continued():
     same command again: what that prints."""
 
     def check(script, part):
-        code = (
-            "import common, first_edition; common.EVERY = first_edition.Checkpoint.every = 0; "
-            f"import {script}; {script}.main()"
-        )
+        code = f"import common, {script}; common.EVERY = 0; {script}.main()"
         command = [sys.executable, "-c", code, "--preset", "smoke", "--out", "run"]
         quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         process = subprocess.Popen(command, env=environment(), **quiet)
