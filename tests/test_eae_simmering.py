@@ -433,25 +433,24 @@ def test_the_documents_own_figures_earn_their_rows(dead):
 
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
-    """The smoke preset of everything, in two commands of one folder."""
+    """The smoke preset of two experiments, in two commands of one folder."""
     out = tmp_path_factory.mktemp("smoke") / "run"
-    eae.main(["--preset", "smoke", "--experiment", "frey", "--out", str(out)])
-    first = {path.name for path in out.iterdir()}
-    rest = ["reaction-diffusion", "mnist", "celeba", "temperature"]
-    eae.main(["--preset", "smoke", "--experiment", *rest, "--out", str(out)])
+    eae.main(["--preset", "smoke", "--out", str(out)])
+    first = {path.name for path in out.glob("fig_*.png")}
+    eae.main(["--preset", "smoke", "--experiment", "reaction-diffusion", "--out", str(out)])
     return out, first
 
 
-def test_smoke_leaves_all_results_and_keeps_those_of_the_first_command(smoke):
+def test_a_second_experiment_keeps_the_results_of_the_first(smoke):
     out, first = smoke
     report = json.loads((out / "results.json").read_text())
-    assert set(report["results"]) == set(eae.EXPERIMENTS)
+    assert set(report["results"]) == {"mnist", "reaction-diffusion"}
     figures = {path.name for path in out.glob("fig_*.png")}
-    assert {name for name in first if name.startswith("fig_")} < figures and len(figures) == 14
+    assert len(first) == 4 and first < figures and len(figures) == 8
     rows = report["tables"]["The document's figures and claims"]
-    assert {row["verdict"] for row in rows} == {"-"}
+    assert len(rows) == 26 and {row["verdict"] for row in rows} == {"-"}
     for line in (out / "table.md").read_text().splitlines():
-        assert len(line) < 200
+        assert len(line) < 116
     assert (out / "metrics.csv").read_text().startswith("net,block,loss")
 
 
