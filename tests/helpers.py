@@ -10,11 +10,12 @@ from conftest import ROOT, environment
 
 
 def killed(code, part, *flags):
-    """Run code, a checkpoint after each step, and kill -9 it once run/units/<part> is there."""
+    """Run code, a checkpoint after each step, and kill -9 it once run/units/<part> is there:
+    what it had printed."""
     path = pathlib.Path("run/units", part)
     code = f"import common; common.EVERY = 0; {code}"
     command = [sys.executable, "-c", code, *flags, "--out", "run"]
-    process = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(command, env=environment(), stdout=open("printed", "w"))
     deadline = time.time() + 120
     while not path.exists() and process.poll() is None and time.time() < deadline:
         time.sleep(0.002)
@@ -22,6 +23,7 @@ def killed(code, part, *flags):
     process.wait()
     assert path.exists() and not pathlib.Path("run/results.json").exists()
     assert not path.with_name(f"{part.split('.1.')[0]}.pt").exists()  # in the middle of a unit
+    return pathlib.Path("printed").read_text()
 
 
 def pasted(script, names, head=""):
