@@ -172,15 +172,6 @@ def test_training_anneals_and_the_rate_falls(monkeypatch):
     assert betas == pytest.approx([1, 1.9, 2.8, 10, 10])  # the column KL-Beta of Table 5
 
 
-def test_training_on_few_points_uses_few_points():
-    few, _ = ae_cube.train([Row("few", 15, 2, points=1)], [0], "few", 2, 1000)
-    many, _ = ae_cube.train([Row("many", 15, 2)], [0], "few", 2, 1000)
-    x = ae_cube.cube_surface(1, common.generator(0, "few"))
-    assert not torch.allclose(few["decoder.4.bias"], many["decoder.4.bias"], atol=1e-4)
-    step = few["decoder.4.bias"][0] - ae_cube.build(Row("few", 15, 2), 0).decoder[4].bias
-    assert torch.equal(step.sign(), x[0].sign())  # towards the only point
-
-
 # --- measures ---
 
 
@@ -203,17 +194,6 @@ def test_mutual_information_brackets_that_of_a_gaussian_channel():
         assert low.item() - 0.1 < exact < high.item() + 0.1 and high - low < 0.4
     dead = ae_cube.mutual_information(0 * y, noise.expand(n, 3), z)
     assert max(map(abs, dead)) < 1e-3  # the code of a dead encoder tells nothing
-
-
-def test_mutual_information_of_discrete_codes():
-    """Eight points without overlap carry three bits; neither scale nor variances matter."""
-    corner = torch.randint(8, (2000,), generator=g())
-    y = torch.stack([corner & 1, corner >> 1 & 1, corner >> 2], 1).float()
-    var = 1e-4 * (1 + torch.rand(2000, 3, generator=g("v")))
-    var = var[corner]  # the encoder's variance is a function of x
-    z = y + var.sqrt() * torch.randn(2000, 3, generator=g("z"))
-    for bound in ae_cube.mutual_information(y, var, z):
-        assert bound.item() == pytest.approx(3, abs=0.02)
 
 
 @pytest.mark.parametrize("snr, d", [(15, 4), (15, 6), (5, 8)])
@@ -289,10 +269,6 @@ def test_claims_about_f2_look_at_every_figure():
     assert verdict(at, "f2: 15 dB, d=6 is eff") == "yes"
     at["f2, 15 dB, d=6"]["mse"] += 0.4  # has not learned
     assert verdict(at, "f2: 15 dB, d=6 is eff") != "yes"
-    at = f2_everywhere()
-    for d in (2, 4, 6, 8):
-        at[f"f2, 15 dB, d={d}"]["rate"] -= 0.4  # outside of the document's range
-    assert verdict(at, "f2: rate rises") == "open"
     at["f2 few, 15 dB, d=6"], at["f2 few, 20 dB, d=6"] = measures(gap=0.1), measures(gap=0.3)
     assert verdict(at, "f2 overfits more") == "yes"
     at["f2 few, 20 dB, d=6"] = measures(gap=0.3, mse=0.5)
@@ -330,7 +306,6 @@ def test_smoke_writes_everything(smoke):
         *(f"fig_{name}.png" for name in figures.split()),
     }
     assert json.load(open(folder / "results.json")) == report
-    assert all(path.stat().st_size > 10_000 for path in folder.glob("fig_*.png"))
     values = [v for row in report["results"]["measures"].values() for v in row.values()]
     assert len(values) > 300 and all(math.isfinite(x) for value in values for x in value)
     closing, *others = report["tables"].values()
@@ -340,18 +315,6 @@ def test_smoke_writes_everything(smoke):
     assert header == "model,seed,block,mse,rate,total,penalty,kl,mmd" and len(lines) > 1000
     f2 = next(line for line in lines if line.startswith('"f2,'))
     assert f2.endswith(",,")  # no KL and no MMD where none was trained with
-
-
-def test_weights_reload_and_give_the_measured_numbers(smoke):
-    folder, report = smoke
-    unit = torch.load(folder / "units" / "f3-d6.pt", weights_only=True)["result"]
-    row = ae_cube.rows_of("f3", ae_cube.NO_CHANNEL, 6)[1]
-    net = ae_cube.Autoencoder(row.d, row.stochastic)
-    net.load_state_dict(unit[1]["weights"][0])
-    again, _ = ae_cube.evaluate(net, row, 0, 500)
-    for key, value in again.items():
-        stored = report["results"]["measures"][str(row)][key][0]
-        assert value == pytest.approx(stored, rel=1e-4, abs=1e-5), key
 
 
 EARNED = ("reproduced", "fitted", "better", "yes")

@@ -3,7 +3,6 @@
 import argparse
 import csv
 import errno
-import gzip
 import json
 import os
 import pathlib
@@ -50,6 +49,8 @@ def test_presets_explicit_flags_and_help(capsys):
     assert arguments([]).epochs == 7
     assert arguments(["--preset", "paper"]).epochs == 99
     assert arguments(["--epochs", "3", "--preset=paper"]).epochs == 3
+    assert arguments(["--rate", "-1e1"]).rate == -10
+    assert arguments(["--out=~/x"]).out == os.path.expanduser("~/x")
     with pytest.raises(SystemExit) as stop:
         arguments(["--preset", "paper", "--help"])
     text = capsys.readouterr().out
@@ -64,13 +65,6 @@ def test_presets_explicit_flags_and_help(capsys):
 def test_bad_flags_are_one_line(argv, refused):
     argv = argv.split()
     assert argv[0].strip("-=") in refused(arguments, argv)
-
-
-def test_negative_numbers_in_any_notation_and_home_folders():
-    args = arguments(["--rate", "-1e1", "--out=~/x", "--data", "~/y"])
-    assert args.rate == -10
-    assert args.out == os.path.expanduser("~/x") and args.data == os.path.expanduser("~/y")
-    assert [arguments(["--rate", text]).rate for text in ("-2.5", "-.5E+1")] == [-2.5, -5]
 
 
 def test_devices(refused, monkeypatch):
@@ -123,22 +117,18 @@ def test_full_disks_and_closed_streams(monkeypatch):
     common.note("to nobody")
 
 
-@pytest.mark.parametrize("error, text", [(MemoryError(), "out of memory"), (None, "out of memory"),
-                                         (FloatingPointError("kl is not finite"), "kl is not"),
-                                         (KeyboardInterrupt(), "the same command continues")])
-def test_what_a_user_can_mend_is_one_line(error, text, capsys):
-    if error is None:
-        with pytest.raises(RuntimeError) as raised:
-            torch.empty(10**15)
-        error = raised.value
-    common.in_one_line(type(error), error, None)
-    line = capsys.readouterr().err
-    assert text in line and line.count("\n") == 1
+def test_what_a_user_can_mend_is_one_line_and_all_else_a_traceback(capsys):
+    def shown(error):
+        common.in_one_line(type(error), error, None)
+        return capsys.readouterr().err
 
-
-def test_other_errors_keep_their_traceback(capsys):
-    common.in_one_line(ZeroDivisionError, ZeroDivisionError("division by zero"), None)
-    assert capsys.readouterr().err == "ZeroDivisionError: division by zero\n"
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(10**15)
+    for error in (MemoryError(), raised.value):
+        assert "out of memory on the CPU" in shown(error)
+    assert shown(FloatingPointError("kl is not finite")) == "error: kl is not finite\n"
+    assert "the same command continues" in shown(KeyboardInterrupt())
+    assert shown(ZeroDivisionError("by zero")) == "ZeroDivisionError: by zero\n"
 
 
 def test_imports_are_few_and_an_interrupt_during_them_is_one_line():
@@ -195,15 +185,6 @@ def test_additive_flags_keep_what_earlier_commands_left():
     assert len(json.load(open("run/results.json"))["units"]) == 2
 
 
-def test_flags_of_a_command_that_did_not_finish_are_not_taken_up(monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(common.Run, "finish", lambda *rest: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            toy.main([*SMALL, "--units", "a", "b"])
-    toy.main([*SMALL, "--units", "c"])
-    assert list(results()) == ["c"]
-
-
 def test_fresh_deletes_the_run_and_nothing_else():
     toy.main(SMALL)
     mine = ["run/diary.txt", "run/.notes.v2.tmp", "run/units/.x.tmp", "run/units/notes"]
@@ -225,16 +206,15 @@ def test_a_folder_that_is_no_run_is_left_alone(refused):
 
 
 def test_damaged_or_foreign_configurations_are_one_line(refused):
+    """And it may be somebody's: --fresh deletes nothing there."""
     toy.main(SMALL)
-    whole = json.load(open("run/config.json"))
-    for text in ('{"conf', "{}", "[]", '{"config": null}', '{"model_type": "bert"}'):
+    whole = pathlib.Path("run/config.json").read_text()
+    other = whole.replace('"script": "toy"', '"script": "other"')
+    for text, words in (('{"conf', "is damaged"), ('{"config": null}', "is damaged"),
+                        (other, "--script other")):
         open("run/config.json", "w").write(text)
-        for extra in ([], ["--fresh"]):  # it may be somebody's: nothing is deleted
-            assert "config.json is damaged" in refused(toy.main, [*SMALL, *extra])
-    whole["config"]["script"] = "other"
-    json.dump(whole, open("run/config.json", "w"))
-    for extra in ([], ["--fresh"]):
-        assert "--script other" in refused(toy.main, [*SMALL, *extra])
+        for extra in ([], ["--fresh"]):
+            assert words in refused(toy.main, [*SMALL, *extra])
     assert len(os.listdir("run/units")) == 3
 
 
@@ -253,19 +233,6 @@ def test_a_file_cut_short_or_of_another_unit_is_named(refused, monkeypatch):
     assert results() == before
     os.replace("run/units/b.pt", "run/units/c.pt")
     assert "c.pt is not the unit c: delete it" in refused(toy.main, SMALL)
-
-
-def test_impossible_places(refused, monkeypatch):
-    open("file", "w").close()
-    for place in ("file", "file/below", "/proc/nowhere"):
-        assert place.split("/")[1 if place[0] == "/" else 0] in refused(
-            toy.main, ["--preset", "smoke", "--out", place])
-
-    def denied(*args, **kwargs):
-        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-
-    monkeypatch.setattr(pathlib.Path, "mkdir", denied)
-    assert "Read-only" in refused(toy.main, SMALL)
 
 
 def test_a_full_disk_is_one_line_and_keeps_the_good_files(refused, monkeypatch):
@@ -475,21 +442,15 @@ def test_image_sheet_keeps_every_image_in_its_place(channels):
     assert [label.get_text() for label in ax.get_xticklabels()] == ["7", "8", "9"]
 
 
-def write_mnist(folder, n=5):
-    """MNIST's own file format, unpacked, n images."""
+def write_mnist(folder):
+    """MNIST's own file format, unpacked, five images."""
     raw = folder / "MNIST" / "raw"
     raw.mkdir(parents=True)
+    images = struct.pack(">4i", 2051, 5, 28, 28) + (bytes(range(256)) * 16)[:5 * 784]
+    labels = struct.pack(">2i", 2049, 5) + bytes(range(5))
     for split in ("train", "t10k"):
-        pixels = bytes(range(256)) * (n * 784 // 256 + 1)
-        (raw / f"{split}-images-idx3-ubyte").write_bytes(
-            struct.pack(">4i", 2051, n, 28, 28) + pixels[: n * 784]
-        )
-        (raw / f"{split}-labels-idx1-ubyte").write_bytes(
-            struct.pack(">2i", 2049, n) + bytes(range(n))
-        )
-        for kind in ("images-idx3", "labels-idx1"):
-            (raw / f"{split}-{kind}-ubyte.gz").write_bytes(b"")
-    return raw
+        (raw / f"{split}-images-idx3-ubyte").write_bytes(images)
+        (raw / f"{split}-labels-idx1-ubyte").write_bytes(labels)
 
 
 def offline(monkeypatch):
@@ -513,21 +474,6 @@ def test_missing_mnist_names_files_folder_and_the_way_out(tmp_path, refused, mon
     line = refused(lambda folder: common.images("mnist", True, folder), tmp_path)
     for word in ("train-images-idx3-ubyte.gz", str(tmp_path / "MNIST" / "raw"), "--dataset glyphs"):
         assert word in line
-
-
-def test_damaged_mnist_names_the_file_to_delete(tmp_path, refused, monkeypatch):
-    offline(monkeypatch)
-    raw = write_mnist(tmp_path)
-    whole = {}
-    for path in raw.glob("*.gz"):  # as if these were MNIST's own archives
-        whole[path.name] = (raw / path.name[:-3]).read_bytes()
-        path.write_bytes(gzip.compress(whole[path.name]))
-    monkeypatch.setattr("torchvision.datasets.utils.check_integrity", lambda *rest: True)
-    cut = raw / "train-images-idx3-ubyte"
-    cut.write_bytes(cut.read_bytes()[:1000])
-    line = refused(lambda folder: common.images("mnist", True, folder), tmp_path)
-    assert f"delete the damaged train-images-idx3-ubyte in {raw}" in line
-    assert "labels" not in line
 
 
 def test_svhn_file_format(tmp_path, monkeypatch, refused):

@@ -63,8 +63,6 @@ def test_shapes_and_activations_of_appendix_b():
     wanted += [(4, 2, 2), (64, 2, 2), (64, 4, 4), (32, 4, 4), (32, 8, 8), (16, 8, 8)]
     wanted += [(16, 16, 16), (8, 16, 16), (8, 32, 32), (1, 32, 32)]
     assert [key for key, _ in itertools.groupby(shapes)] == wanted
-    linear = [m for m in vae("fc", "L").decoder if isinstance(m, nn.Linear)]
-    assert [m.out_features for m in linear] == [128, 256, 512, 1024, 1024]
     for layers in fe.LAYERS:
         active = [m for m in vae(layers).decoder if isinstance(m, nn.LeakyReLU)]
         assert len(active) == 4 and not isinstance(vae(layers).decoder[-1], nn.LeakyReLU)
@@ -77,8 +75,6 @@ def test_xavier_bounds_and_equal_starts():
     assert 0.99 * bound < vae("fc").decoder[6].weight.abs().max() <= bound
     bound = math.sqrt(6 / (9 * 4 + 9 * 64))
     assert 0.98 * bound < vae("conv").decoder[1].weight.abs().max() <= bound
-    flow = vae(prior="flow2").priors["flow2"].s[0][0].weight.abs().max()  # PyTorch's own
-    assert 0.9 * 8**-0.5 < flow <= 8**-0.5
     a, b = vae("conv", "PNL"), vae("conv", "PNL", "flow6")
     assert torch.equal(a.decoder[1].weight, b.decoder[1].weight)
     assert torch.equal(a.encoder.body[0].weight, b.encoder.body[0].weight)
@@ -213,12 +209,9 @@ def test_splits_are_disjoint_and_drawn_anew():
 
 def test_pca_is_the_best_linear_code_and_standardised_codes_are_standard():
     x = digits(400)
-    net = fe.make(fe.Model("fc", "PCA", ("normal",)), 0, x)
-    codes, flat = net.encoder.frozen(x), x.flatten(1)
-    values = torch.linalg.eigvalsh(torch.cov(flat.T.double()))
+    codes = fe.make(fe.Model("fc", "PCA", ("normal",)), 0, x).encoder.frozen(x)
+    values = torch.linalg.eigvalsh(torch.cov(x.flatten(1).T.double()))
     assert torch.allclose(codes.var(0).double(), values[-16:], rtol=1e-3)
-    patches = fe.make(fe.Model("conv", "PCA", ("normal",)), 0, x).encoder.last.weight.flatten(1)
-    assert torch.allclose(patches @ patches.T, torch.eye(4), atol=1e-5)
     net = fe.make(fe.Model("conv", "RKS", ("normal",), True), 0, x)
     codes = net.encoder.frozen(x)
     assert codes.mean(0).abs().max() < 1e-4 and (codes.std(0) - 1).abs().max() < 1e-4
@@ -236,17 +229,6 @@ def test_log_p_of_a_linear_gaussian_model():
     mu = x @ (0.02 * torch.randn(64, 16, generator=g("encoder")))
     found = fe.log_likelihood(lambda z: z @ W.T, fe.Flow(16, 8, 0), mu, x, 50, g())
     assert abs((found - exact).mean()) < 0.05
-
-
-@torch.no_grad()
-def test_bound_is_below_log_p_in_a_real_net():
-    net, x = vae("conv", "NL", "flow2"), digits(8)
-    RE, RT = fe.evaluate(net, x, "corrected", g())
-    net.requires_grad_(False)
-    with torch.enable_grad():
-        found = fe.log_likelihood(net.decoder, net.priors["flow2"], net.encoder.frozen(x), x, 5,
-                                  g())
-    assert RT - RE - fe.constant(x) < found.mean().item() - 50
 
 
 def test_predicted_rt():
@@ -475,25 +457,15 @@ def test_smoke_writes_everything(smoke):
     assert len(cells) == 24
     for row in cells.values():
         assert row["negative ELBO"][0] == pytest.approx(row["RE"][0] - row["RT"][0])
+        gap = row["gap of negative ELBO"][0]  # above 0 where test images come out worse
+        assert gap == pytest.approx(row["gap of RE"][0] + row["gap of RT"][0])
         assert 10 < row["RE"][0] < 300 and row["distance"][0] > 0
+    trained = torch.load(folder / "units" / "seed0-fc-L-flow2.pt")["result"]["log"][-1]
+    row = cells["fc-flow2-L"]
+    assert row["gap of RE"][0] == pytest.approx(row["RE"][0] - trained[0].item())
+    assert row["gap of RT"][0] == pytest.approx(trained[1].item() - row["RT"][0])
     a, b = cells["conv-normal-NL"], cells["conv-flow6-NL"]
     assert a["RE"] == b["RE"] and a["distance"] != b["distance"]  # one decoder, three priors
-
-
-def test_weights_reload_and_give_the_measured_numbers(smoke):
-    def unit(name):
-        return torch.load(smoke[0] / "units" / f"{name}.pt", weights_only=True)["result"]
-
-    x, _ = fe.load_data("glyphs", True, 300 * 7 // 5 + 200, "none", "cpu")
-    train, test = fe.split(x, 300, 200, 0)
-    trained, model = unit("seed0-conv-PNL-flow6"), fe.Model("conv", "PNL", ("flow6",))
-    net = fe.load_vae(model, 0, train, trained["weights"])
-    RE, RT = fe.evaluate(net, test, "as-published", g("test"))
-    row = smoke[1]["results"]["conv-flow6-PNL"]
-    assert RT == pytest.approx(row["RT"][0], rel=0.05) and RE == pytest.approx(row["RE"][0],
-                                                                               rel=0.01)
-    assert row["gap of RE"][0] == pytest.approx(row["RE"][0] - trained["log"][-1, 0].item())
-    assert row["gap of RT"][0] == pytest.approx(trained["log"][-1, 1].item() - row["RT"][0])
 
 
 def test_null(monkeypatch):
@@ -562,7 +534,8 @@ def test_kill_and_continue_equals_an_undisturbed_run(smoke, monkeypatch):
         assert all(torch.equal(one[key], other[key]) for key in other)
 
 
-@pytest.mark.parametrize("argv", ["--prior flow4", "--train-images 10", "--prior normal --dataset svhn"])
+@pytest.mark.parametrize("argv", ["--prior flow4", "--train-images 10",
+                                  "--prior normal --dataset svhn"])
 def test_bad_input_is_one_line_and_writes_nothing(argv, refused):
     assert argv.split()[0] in refused(fe.main, argv.split()) and os.listdir() == []
 

@@ -135,6 +135,7 @@ def test_a_search_in_pixels():
 
 def test_draws_are_the_first_that_are_accepted():
     z = torch.zeros(50, 196)
+    z[:, 100] = torch.arange(50.0)  # to tell them apart
     z[7, 3] = z[9, 3] = z[30, 3] = z[20, 5] = 1.0
     found = lso_mnist.draw(torch.nn.Identity(), Reader(), z, torch.arange(20) % 10)
     assert found["solved"].nonzero()[:, 0].tolist() == [3, 5, 13]
@@ -271,16 +272,6 @@ def test_smoke_writes_everything(smoke):
         if "leapt" in row:  # each failure is of one sort
             sorts = [sum(row[key]) for key in ("success", "leapt", "flat", "slow")]
             assert sum(sorts) == pytest.approx(2), name
-
-
-def test_weights_reload_and_give_the_measured_numbers(smoke, data):
-    measured = smoke[1]["results"]["nets"]
-    for name in ("classifier", "LSO-1", "VAE"):
-        net = lso_mnist.build(name, NETS[name], 5)
-        net.load_state_dict(unit(smoke, f"seed0-{name}")["weights"])
-        again = lso_mnist.evaluate_net(NETS[name], net, data)
-        for key, value in again.items():
-            assert value.item() == pytest.approx(measured[name][key][0], rel=1e-3), (name, key)
 
 
 def test_searches_are_what_they_say(smoke):

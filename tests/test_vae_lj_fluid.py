@@ -302,15 +302,6 @@ def test_a_perfect_net_has_true_points_and_the_energies_of_less_height():
     assert torch.allclose(true["energy"], wanted + gamma * xy[..., 1].sum(1))
 
 
-def test_pair_correlation():
-    """1 for independent points; a lattice of 1.2, shifted as a whole, has its peak there."""
-    _, flat = lj.pair_correlation(10 * points(4000))
-    assert torch.allclose(flat[15:], torch.ones(45), atol=0.05)
-    lattice = torch.cartesian_prod(torch.arange(5), torch.arange(6)) * 1.2
-    r, peaked = lj.pair_correlation(lattice + 3 * points(2000, 1))
-    assert r[peaked.argmax()].item() == pytest.approx(1.2, abs=0.03) and peaked.max() > 3
-
-
 # --- statistics ---
 
 
@@ -318,7 +309,7 @@ def test_jensen_shannon_distance():
     from scipy.spatial.distance import jensenshannon
 
     x, y = torch.randn(2, 20_000, generator=g("n"))
-    assert lj.jensen_shannon(x, x) == 0 and lj.jensen_shannon(x, y) < 0.05
+    assert lj.jensen_shannon(x, x) == 0
     assert lj.jensen_shannon(x, 20 + y[:900]) == pytest.approx(math.sqrt(math.log(2)))
     a, b = torch.randint(20, (2, 9), generator=g())
     a[0], b[-1] = 5, 7  # the common bins reach from the first to the last value
@@ -326,10 +317,7 @@ def test_jensen_shannon_distance():
     assert lj.jensen_shannon(*samples, bins=9) == pytest.approx(jensenshannon(a, b), rel=1e-6)
 
 
-def test_auroc_and_codes_by_gamma():
-    a, b = torch.randn(300, generator=g("a")), torch.randn(200, generator=g("b")) + 0.7
-    assert lj.auroc(a, b) == pytest.approx((b[:, None] > a).double().mean().item(), abs=1e-6)
-    assert lj.auroc(a, a) == pytest.approx(0.5) and lj.auroc(a * 0, b * 0) == 0.5
+def test_codes_by_gamma():
     mu, gamma = torch.tensor([[0.0], [2.0], [9.0], [11.0]]), torch.tensor([0.1, 0.1, 1.0, 1.0])
     means = lj.mean_codes(mu, gamma)
     assert means.tolist() == [[1], [10]]
@@ -342,19 +330,13 @@ def test_auroc_and_codes_by_gamma():
         assert lj.most("x", near.repeat(50), wanted, True)["verdict"] == verdict
 
 
-def test_pca_and_r_squared():
+def test_pca_is_the_best_linear_net():
     x = torch.randn(5000, 3, generator=g(), dtype=torch.double) * torch.tensor([3.0, 2.0, 1.0]) + 1
     _, _, shares = lj.pca(x, 2)
     values = torch.linalg.svdvals(x - x.mean(0)) ** 2
     assert torch.allclose(shares, values[:2] / values.sum())
     error = (lj.pca_reconstruct(x, x, 2) - x).square().sum()
     assert error.item() == pytest.approx(values[2].item())
-    codes = torch.randn(4000, 5, generator=g())
-    y = 3 + codes @ torch.arange(5.0)
-    noise = torch.randn(4000, generator=g("n"))
-    assert lj.r_squared(codes, y) == pytest.approx(1) and abs(lj.r_squared(codes, noise)) < 0.02
-    noisy = lj.r_squared(codes, y + noise * 30**0.5)  # 0 + 1 + 4 + 9 + 16
-    assert noisy == pytest.approx(0.5, abs=0.07)
 
 
 class Half(torch.nn.Module):
@@ -386,8 +368,7 @@ def test_damage_and_probe_of_a_net_that_halves_everything():
     assert found["along"][0, :, 1, 1].tolist() == [-1.5, -1, -0.5, 0, 0.5, 1, 1.5]
     assert found["along"].abs().sum().item() == 5 * 6
     assert (found["draws"].flatten(1)[:, found["top"]] != 0).all()
-    stripes = torch.arange(6.0).expand(1, 1, 6, 6) * 0.5
-    assert lj.texture(stripes + 9 * torch.eye(6)).item() == lj.texture(stripes).item()
+    stripes = torch.arange(6.0).expand(1, 1, 6, 6) * 0.5 + 9 * torch.eye(6)  # it is left out
     assert lj.texture(stripes).item() == pytest.approx(0.5)
 
 
@@ -431,7 +412,8 @@ def data(smoke):
     return lj.split({name: unit(smoke, name)["xy"] for name in names}, 40, 0, "cpu")
 
 
-def test_smoke_writes_everything(smoke):
+def test_smoke_writes_everything(smoke, data):
+    assert len(data.xy) == 160 and len(data.test) == 40
     folder, report = smoke
     figures = "equilibrium matrices representations structure latent anomalies damage probe"
     assert {path.name for path in folder.glob("[!.]*.*")} == {
@@ -442,16 +424,6 @@ def test_smoke_writes_everything(smoke):
     assert {row["verdict"] for row in closing} == {"-"} and len(closing) > 25 and len(others) == 9
     lines = (folder / "table.md").read_text().splitlines()[3:]
     assert all(len(line) < 106 for line in lines), max(lines, key=len)
-
-
-def test_weights_and_sets_reload_and_give_the_measured_numbers(smoke, data):
-    assert len(data.xy) == 160 and len(data.test) == 40
-    found = unit(smoke, lj.MAIN)
-    net = lj.build(lj.MAIN, lj.MODELS[lj.MAIN], 0)
-    net.load_state_dict(found["weights"])
-    x_hat, *_ = lj.evaluate(net, lj.distance_matrix(data.test))
-    error = lj.squared_error(x_hat, lj.distance_matrix(data.test)).mean().item()
-    assert error == pytest.approx(found["test"][-1].item(), rel=1e-4)
 
 
 def test_kill_and_continue_equals_an_undisturbed_run(smoke, monkeypatch):
