@@ -547,7 +547,8 @@ def test_the_copy_test():
                                          "loss_terms"], "VARIANCE = 1e-6")
     x, eps = digits(), torch.randn(64, 16, generator=g())
     flow = note["Flow"](16, 8, 2)
-    vae = note["VAE"](note["Encoder"]("L", "conv", 1, 4), note["Decoder"]("conv", 1, 4), {"f": flow})
+    decoder = note["Decoder"]("conv", 1, 4)
+    vae = note["VAE"](note["Encoder"]("L", "conv", 1, 4), decoder, {"f": flow})
     RE, RT = note["loss_terms"](vae, x, x, eps, "corrected")
     (RE - RT).mean().backward()
     assert vae.encoder.body[0].weight.grad.abs().max() > 0
