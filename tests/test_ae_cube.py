@@ -1,11 +1,9 @@
 """ae_cube.py: the mathematics of the document, the null test, and the run as a user sees it."""
 
-import ast
 import json
 import math
 import os
-import subprocess
-import sys
+import shutil
 
 import pytest
 import torch
@@ -14,7 +12,7 @@ from torch.distributions import Normal, kl_divergence
 import ae_cube
 import common
 from ae_cube import Row
-from conftest import ROOT, environment
+from helpers import killed, pasted
 
 
 def g(name="test"):
@@ -42,24 +40,18 @@ def test_points_are_uniform_on_the_surface():
 # --- objective ---
 
 
-@pytest.mark.parametrize("snr, bits", [(5, 1.029), (10, 1.730), (15, 2.514), (20, 3.329)])
-def test_information_rate_of_unit_signals(snr, bits):
-    noise = 10 ** (-snr / 10)
-    assert ae_cube.analytic_rate(snr) == pytest.approx(bits, abs=5e-4)
+def test_information_rate_penalty_and_kl():
     y, eps = torch.randn(2, 200_000, 4, generator=g())
-    rate = ae_cube.information_rate(y + noise**0.5 * eps, torch.full_like(y, noise))
-    assert rate.item() == pytest.approx(bits, abs=0.01)
-
-
-def test_kl_equals_torch_distributions():
+    for snr, bits in ((5, 1.029), (10, 1.730), (15, 2.514), (20, 3.329)):  # of unit signals
+        noise = 10 ** (-snr / 10)
+        assert ae_cube.analytic_rate(snr) == pytest.approx(bits, abs=5e-4)
+        rate = ae_cube.information_rate(y + noise**0.5 * eps, torch.full_like(y, noise))
+        assert rate.item() == pytest.approx(bits, abs=0.01)
+    y = torch.tensor([[-1.0, 3.0], [1.0, 5.0]])  # means 0, 4; variances 2, 2
+    assert ae_cube.moment_penalty(y).item() == pytest.approx((1 + 16 + 1) / 2)
     mu, var = torch.randn(7, 5, generator=g()), torch.rand(7, 5, generator=g("v")) + 0.1
     exact = kl_divergence(Normal(mu, var.sqrt()), Normal(0.0, 1.0)).sum(1).mean()
     assert torch.isclose(ae_cube.kl_to_standard(mu, var), exact)
-
-
-def test_moment_penalty():
-    y = torch.tensor([[-1.0, 3.0], [1.0, 5.0]])  # means 0, 4; variances 2, 2
-    assert ae_cube.moment_penalty(y).item() == pytest.approx((1 + 16 + 1) / 2)
 
 
 def test_mmd_equals_a_double_loop():
@@ -85,7 +77,7 @@ def test_mmd_is_unbiased_and_sees_a_difference():
 
 
 def test_median_heuristic():
-    a, b = torch.randn(40, 4, generator=g()), torch.randn(40, 4, generator=g("b"))
+    a, b = torch.randn(2, 40, 4, generator=g())
     exact = torch.nn.functional.pdist(torch.cat([a[:32], b[:32]])).square().median()
     assert torch.isclose(ae_cube.median_heuristic(a, b), exact, rtol=1e-4)
 
@@ -103,12 +95,6 @@ def test_fitted_target_ignores_the_scale():
     assert abs(slope.item()) < 1e-5 and value(1.0, 1).abs() > 1e-4
     assert torch.allclose(value(1.0, 1), value(30.0, 1), atol=1e-5)
     assert value(30.0, 0) > 0.1 and torch.equal(ae_cube.latent_target(z, gauss, 0), gauss)
-
-
-def test_annealing_schedule():
-    assert [ae_cube.annealed(0.0, 1.0, t, 4) for t in range(7)] == [0, 0.25, 0.5, 0.75, 1, 1, 1]
-    betas = [ae_cube.annealed(1.0, 10.0, t, 1000) for t in (0, 100, 200, 1000, 1400)]
-    assert betas == pytest.approx([1, 1.9, 2.8, 10, 10])  # the column KL-Beta of Table 5
 
 
 def test_total_is_equation_5():
@@ -143,7 +129,7 @@ def test_noise_of_the_channel_and_of_the_encoder():
 
 def test_nets_side_by_side_are_nets_one_by_one():
     """The stacked nets' losses and gradients are those of plain nets with plain losses."""
-    rows = [row for snr in (5, 15) for row in ae_cube.rows_of("f4", snr, 4)]
+    rows = ae_cube.rows_of("f4", 15, 4)
     many, _ = ae_cube.train(rows, [0, 1], "f4", 3, 1000)
     for r, row in enumerate(rows):
         one, _ = ae_cube.train([row], [1], "f4", 3, 1000)
@@ -182,69 +168,45 @@ def test_training_anneals_and_the_rate_falls(monkeypatch):
     monkeypatch.setattr(ae_cube, "annealed", annealed)
     ae_cube.train(ae_cube.rows_of("f5", 15, 6)[:1], [0], "f5", 3, 250)  # tau: 2 steps
     assert seen == [pytest.approx([v]) for v in (1, 0.01, 5.5, 0.505, 10, 1)]
-
-
-def test_training_stops_at_a_non_finite_loss(monkeypatch):
-    monkeypatch.setattr(ae_cube, "LEARNING_RATE", math.inf)
-    with pytest.raises(FloatingPointError, match="f3-d6: mse is not finite at step 1$"):
-        ae_cube.train(ae_cube.rows_of("f3", 15, 6), [0], "f3-d6", 3, 500)
-
-
-def test_training_on_few_points_uses_few_points():
-    few, _ = ae_cube.train([Row("few", 15, 2, points=1)], [0], "few", 2, 1000)
-    many, _ = ae_cube.train([Row("many", 15, 2)], [0], "few", 2, 1000)
-    x = ae_cube.cube_surface(1, common.generator(0, "few"))
-    assert not torch.allclose(few["decoder.4.bias"], many["decoder.4.bias"], atol=1e-4)
-    step = few["decoder.4.bias"][0] - ae_cube.build(Row("few", 15, 2), 0).decoder[4].bias
-    assert torch.equal(step.sign(), x[0].sign())  # towards the only point
+    betas = [exact(1.0, 10.0, t, 1000) for t in (0, 100, 200, 1000, 1400)]
+    assert betas == pytest.approx([1, 1.9, 2.8, 10, 10])  # the column KL-Beta of Table 5
 
 
 # --- measures ---
 
 
 def test_knn_kl_against_gaussians():
-    n = 4000
-    for shift, scale in ((0.0, 1.0), (0.5, 1.0), (0.0, 2.0), (0.5, 1.5)):
+    n = 2500
+    for shift, scale in ((0.0, 1.0), (0.5, 1.0), (0.5, 1.5)):
         x, y = torch.randn(2, n, 3, generator=g())
         exact = 3 * kl_divergence(Normal(0.0, 1.0), Normal(shift, scale)).item()
         assert ae_cube.knn_kl(x, shift + scale * y).item() == pytest.approx(exact, abs=0.12)
 
 
-@pytest.mark.parametrize("signal", [0.3, 3.0, 10.0])
-def test_mutual_information_brackets_that_of_a_gaussian_channel(signal):
+def test_mutual_information_brackets_that_of_a_gaussian_channel():
     """I = d/2 log2(1 + signal / noise), dimension by dimension, is between the bounds."""
-    n, noise = 4000, torch.tensor([0.5, 1.0, 2.0])
-    y = signal**0.5 * torch.randn(n, 3, generator=g())
-    z = y + noise.sqrt() * torch.randn(n, 3, generator=g("n"))
-    exact = 0.5 * (1 + signal / noise).log2().sum().item()
-    low, high = ae_cube.mutual_information(y, noise.expand(n, 3), z)
-    assert low.item() - 0.1 < exact < high.item() + 0.1 and high - low < 0.4
+    n, noise = 3000, torch.tensor([0.5, 1.0, 2.0])
+    for signal in (0.3, 10.0):
+        y = signal**0.5 * torch.randn(n, 3, generator=g())
+        z = y + noise.sqrt() * torch.randn(n, 3, generator=g("n"))
+        exact = 0.5 * (1 + signal / noise).log2().sum().item()
+        low, high = ae_cube.mutual_information(y, noise.expand(n, 3), z)
+        assert low.item() - 0.1 < exact < high.item() + 0.1 and high - low < 0.4
     dead = ae_cube.mutual_information(0 * y, noise.expand(n, 3), z)
     assert max(map(abs, dead)) < 1e-3  # the code of a dead encoder tells nothing
 
 
-def test_mutual_information_of_discrete_codes():
-    """Eight points without overlap carry three bits; neither scale nor variances matter."""
-    corner = torch.randint(8, (2000,), generator=g())
-    y = torch.stack([corner & 1, corner >> 1 & 1, corner >> 2], 1).float()
-    var = 1e-4 * (1 + torch.rand(2000, 3, generator=g("v")))
-    var = var[corner]  # the encoder's variance is a function of x
-    z = y + var.sqrt() * torch.randn(2000, 3, generator=g("z"))
-    for bound in ae_cube.mutual_information(y, var, z):
-        assert bound.item() == pytest.approx(3, abs=0.02)
-
-
-@pytest.mark.parametrize("snr, d", [(10, 3), (15, 4), (15, 6), (5, 8)])
+@pytest.mark.parametrize("snr, d", [(15, 4), (15, 6), (5, 8)])
 def test_linear_code_against_least_squares(snr, d):
     """The formula is the least-squares MSE of a balanced encoder; no other does better."""
-    x = ae_cube.cube_surface(200_000, g())
+    x = ae_cube.cube_surface(100_000, g())
     noise = 10 ** (-snr / 20) * torch.randn(len(x), d, generator=g("n"))
     balanced = {
         4: torch.tensor([[1.0, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]]) / 3**0.5,
         8: torch.tensor([[a, b, c] for a in (1.0, -1) for b in (1, -1) for c in (1, -1)]) / 3**0.5,
     }
     frames = [balanced.get(d, torch.eye(3).repeat(2, 1)[:d])]
-    for i in range(5):
+    for i in range(3):
         frames.append(torch.nn.functional.normalize(torch.randn(d, 3, generator=g(str(i)))))
     errors = []
     for frame in frames:
@@ -307,10 +269,6 @@ def test_claims_about_f2_look_at_every_figure():
     assert verdict(at, "f2: 15 dB, d=6 is eff") == "yes"
     at["f2, 15 dB, d=6"]["mse"] += 0.4  # has not learned
     assert verdict(at, "f2: 15 dB, d=6 is eff") != "yes"
-    at = f2_everywhere()
-    for d in (2, 4, 6, 8):
-        at[f"f2, 15 dB, d={d}"]["rate"] -= 0.4  # outside of the document's range
-    assert verdict(at, "f2: rate rises") == "open"
     at["f2 few, 15 dB, d=6"], at["f2 few, 20 dB, d=6"] = measures(gap=0.1), measures(gap=0.3)
     assert verdict(at, "f2 overfits more") == "yes"
     at["f2 few, 20 dB, d=6"] = measures(gap=0.3, mse=0.5)
@@ -348,7 +306,6 @@ def test_smoke_writes_everything(smoke):
         *(f"fig_{name}.png" for name in figures.split()),
     }
     assert json.load(open(folder / "results.json")) == report
-    assert all(path.stat().st_size > 10_000 for path in folder.glob("fig_*.png"))
     values = [v for row in report["results"]["measures"].values() for v in row.values()]
     assert len(values) > 300 and all(math.isfinite(x) for value in values for x in value)
     closing, *others = report["tables"].values()
@@ -360,74 +317,62 @@ def test_smoke_writes_everything(smoke):
     assert f2.endswith(",,")  # no KL and no MMD where none was trained with
 
 
-def test_weights_reload_and_give_the_measured_numbers(smoke):
-    folder, report = smoke
-    unit = torch.load(folder / "units" / "f3-d6.pt", weights_only=True)["result"]
-    row = ae_cube.rows_of("f3", ae_cube.NO_CHANNEL, 6)[1]
-    net = ae_cube.Autoencoder(row.d, row.stochastic)
-    net.load_state_dict(unit[1]["weights"][0])
-    again, _ = ae_cube.evaluate(net, row, 0, 500)
-    for key, value in again.items():
-        stored = report["results"]["measures"][str(row)][key][0]
-        assert value == pytest.approx(stored, rel=1e-4, abs=1e-5), key
-
-
-def untrained(patch, tmp_path_factory, kill=False):
-    """The closing table of nets of no training; kill: their decoders put out the mean, 0."""
-    folder = tmp_path_factory.mktemp("null") / "run"
-    build = ae_cube.build
-
-    def dead(row, seed):
-        net = build(row, seed)
-        with torch.no_grad():
-            net.decoder[-1].weight.mul_(0)
-            net.decoder[-1].bias.mul_(0)
-        return net
-
-    patch.setattr(ae_cube, "LEARNING_RATE", 0.0)
-    patch.setattr(ae_cube, "plot", lambda *rest: None)
-    if kill:
-        patch.setattr(ae_cube, "build", dead)
-    flags = "--steps 1 --seeds 3 --held-out 500 --points 1000 --preset quick"
-    report = ae_cube.main([*flags.split(), "--out", str(folder)])
-    return report["tables"]["The document's figures and claims"]
-
-
 EARNED = ("reproduced", "fitted", "better", "yes")
 
 
-@pytest.mark.parametrize("kill", [False, True])
-def test_null(kill, monkeypatch, tmp_path_factory):
+def run_untrained(monkeypatch, folder):
+    """What the claims of a quick run with nets of no training are about."""
+    seen = []
+    monkeypatch.setattr(ae_cube, "claims", lambda at: seen.append(at) or [])
+    monkeypatch.setattr(ae_cube, "LEARNING_RATE", 0.0)
+    monkeypatch.setattr(ae_cube, "plot", lambda *rest: None)
+    flags = "--steps 1 --seeds 3 --held-out 500 --points 1000 --preset quick"
+    ae_cube.main([*flags.split(), "--out", folder])
+    return seen[0]
+
+
+def test_null(monkeypatch):
     """Nets that have learned nothing, and the mean as a predictor, earn no row."""
-    table = untrained(monkeypatch, tmp_path_factory, kill)
-    assert len(table) > 20 and [row for row in table if row["verdict"] in EARNED] == []
+    claims, build = ae_cube.claims, ae_cube.build
 
+    def mean(row, seed):
+        net = build(row, seed)
+        torch.nn.init.zeros_(net.decoder[-1].weight)
+        torch.nn.init.zeros_(net.decoder[-1].bias)
+        return net
 
-def test_null_test_sees_a_loosened_verdict(monkeypatch, tmp_path_factory):
+    untrained = run_untrained(monkeypatch, "untrained")
+    monkeypatch.setattr(ae_cube, "build", mean)
+    for at in (untrained, run_untrained(monkeypatch, "mean")):
+        table = claims(at)
+        assert len(table) > 20 and [row for row in table if row["verdict"] in EARNED] == []
     monkeypatch.setattr(ae_cube, "learned", lambda measures: True)
-    table = untrained(monkeypatch, tmp_path_factory, kill=False)
-    assert [row for row in table if row["verdict"] in EARNED]
+    assert [row for row in claims(untrained) if row["verdict"] in EARNED]  # it can be lost
 
 
-def test_one_seed_gives_no_verdicts():
-    flags = ["--steps", "1", "--seeds", "1", "--models", "f3", "f5", "--held-out", "500"]
-    table, *_ = ae_cube.main([*SMOKE, *flags, "--preset", "quick"])["tables"].values()
-    assert {row["verdict"] for row in table} == {"-"}
-
-
-def test_kill_and_continue_equals_an_undisturbed_run(smoke, killed_and_continued):
+def test_kill_and_continue_equals_an_undisturbed_run(smoke, monkeypatch):
     """A real kill -9 in the middle of a unit, then the same command again."""
-    assert "reused f1-d6" in killed_and_continued("ae_cube", "f2-d4.1.checkpoint")
-    report = json.load(open("run/results.json"))
+    shutil.copytree(smoke[0], "run")
+    os.remove("run/results.json")
+    os.remove("run/units/f2-d4.pt")
+    killed("import ae_cube; ae_cube.main()", "f2-d4.1.checkpoint", "--preset", "smoke")
+    monkeypatch.setattr(ae_cube, "plot", lambda *rest: None)
+    report = ae_cube.main(SMOKE)
     assert report["results"] == smoke[1]["results"] and report["tables"] == smoke[1]["tables"]
     assert open("run/metrics.csv").read() == (smoke[0] / "metrics.csv").read_text()
 
 
-def test_tune_adds_rows_keeps_figures_and_a_search_continues():
-    one = [*SMOKE, "--models", "plane", "--seeds", "1", "--steps", "1"]
+def test_tune_adds_rows_keeps_figures_and_a_search_continues(monkeypatch):
+    """Of one seed, which gives no verdicts."""
+    monkeypatch.setattr(ae_cube, "plot", lambda *rest: None)
+    monkeypatch.setitem(ae_cube.PRESETS["quick"], "trials", 8)
+    flags = "--models plane --seeds 1 --steps 1 --held-out 300 --points 500 --out run"
+    one = flags.split()
     plain = ae_cube.main(one)
     tuned = ae_cube.main([*one, "--tune", "--trials", "16"])
     trials = tuned["results"]["trials"]
+    rows = tuned["tables"]["The document's figures and claims"]
+    assert len(rows) > 2 and {row["verdict"] for row in rows} == {"-"}
     assert len(trials) == 16 and len({trial["beta"] for trial in trials}) == 16
     for trial in trials:
         assert ae_cube.SEARCH_BETA[0] <= trial["beta"] <= ae_cube.SEARCH_BETA[1]
@@ -456,45 +401,24 @@ def test_optuna_proposes_better_points_than_it_started_with():
     assert sum(last) < sum(first) / 2
 
 
-BAD = """--models f9; --snr abc; --snr 99; --latent 0; --latent 2.5; --seeds -1; --seeds 0;
-    --points 0; --held-out 1; --steps 0; --trials 0; --model f2; --preset tiny; --seed x; extra;
-    --trials 9"""
-
-
-@pytest.mark.parametrize("argv", [line.split() for line in BAD.split(";")])
+@pytest.mark.parametrize("argv", ["--models f9", "--snr 99", "--held-out 1", "--trials 9"])
 def test_bad_input_is_one_line_and_writes_nothing(argv, refused):
-    line = refused(ae_cube.main, argv)
-    assert argv[0] in line and os.listdir() == []
-
-
-def test_one_point_of_the_plane_gives_its_figures():
-    report = ae_cube.main([*SMOKE, "--models", "f2", "--snr", "-1e0", "--latent", "5"])
-    (row,) = report["tables"]["Models, on held-out points"]
-    assert row["model"] == "f2, -1 dB, d=5" and report["tables"].keys() == {
-        "Models, on held-out points", "Yardsticks"}
+    assert argv.split()[0] in refused(ae_cube.main, argv.split()) and os.listdir() == []
 
 
 def test_the_copy_test():
     """Model, loss, data and MMD, pasted alone into an empty file, train a net."""
-    source = (ROOT / "ae_cube.py").read_text()
-    wanted = ["cube_surface", "Autoencoder", "information_rate", "moment_penalty",
-              "kl_to_standard", "squared_distances", "median_heuristic", "mmd2", "loss"]
-    parts = [ast.get_source_segment(source, node) for node in ast.parse(source).body
-             if getattr(node, "name", "") in wanted]
-    code = "import torch\nfrom torch import nn\n\n" + "\n\n".join(parts) + """
-g = torch.Generator().manual_seed(0)
-net = Autoencoder(4, stochastic=True)
-optimiser = torch.optim.Adam(net.parameters(), 1e-2)
-for step in range(100):
-    x = cube_surface(250, g)
-    eps, target = torch.randn(250, 4, generator=g), torch.randn(64, 4, generator=g)
-    total, terms = loss(x, *net(x, eps, 0.03), target, lam=1.0)
-    optimiser.zero_grad()
-    total.backward()
-    optimiser.step()
-print(terms["mse"].item())
-"""
-    open("pasted.py", "w").write(code)
-    done = subprocess.run([sys.executable, "pasted.py"], capture_output=True, text=True,
-                          env=environment())
-    assert len(parts) == 9 and float(done.stdout) < 0.2, done.stderr
+    note = pasted("ae_cube", ["cube_surface", "Autoencoder", "information_rate", "moment_penalty",
+                              "kl_to_standard", "squared_distances", "median_heuristic", "mmd2",
+                              "loss"])
+    net = note["Autoencoder"](4, stochastic=True)
+    optimiser = torch.optim.Adam(net.parameters(), 1e-2)
+    draw = g()
+    for step in range(100):
+        x = note["cube_surface"](250, draw)
+        eps, target = torch.randn(250, 4, generator=draw), torch.randn(64, 4, generator=draw)
+        total, terms = note["loss"](x, *net(x, eps, 0.03), target, lam=1.0)
+        optimiser.zero_grad()
+        total.backward()
+        optimiser.step()
+    assert terms["mse"] < 0.2

@@ -1,14 +1,12 @@
 """frozen_encoder_vae.py: Table 5.6, flow, objective, measures, null test, and the run."""
 
-import ast
 import itertools
 import json
 import math
 import os
 import pathlib
 import re
-import subprocess
-import sys
+import shutil
 
 import pytest
 import torch
@@ -18,7 +16,7 @@ from torch.distributions import MultivariateNormal, Normal
 
 import common
 import frozen_encoder_vae as fe
-from conftest import ROOT, environment
+from helpers import killed, pasted
 
 
 def g(name="test"):
@@ -56,15 +54,6 @@ def test_the_transcribed_tables_add_up():
         120.72, 10.82)
 
 
-def test_real_counts():
-    def count(*key):
-        return sum(p.numel() for p in vae(*key).parameters() if p.requires_grad)
-
-    assert count("fc", "L") == 2_047_328 and count("conv", "L") == 29_353
-    assert count("fc", "L", "flow2") - 2_047_328 == 2 * 10_512
-    assert count("conv", "L", "flow6") - 29_353 == 6 * 37_392
-
-
 def test_shapes_and_activations_of_appendix_b():
     net, shapes = vae("conv", "L"), []
     for part in (*net.encoder.body, net.encoder.last, *net.decoder):
@@ -74,16 +63,11 @@ def test_shapes_and_activations_of_appendix_b():
     wanted += [(4, 2, 2), (64, 2, 2), (64, 4, 4), (32, 4, 4), (32, 8, 8), (16, 8, 8)]
     wanted += [(16, 16, 16), (8, 16, 16), (8, 32, 32), (1, 32, 32)]
     assert [key for key, _ in itertools.groupby(shapes)] == wanted
-    linear = [m for m in vae("fc", "L").decoder if isinstance(m, nn.Linear)]
-    assert [m.out_features for m in linear] == [128, 256, 512, 1024, 1024]
     for layers in fe.LAYERS:
         active = [m for m in vae(layers).decoder if isinstance(m, nn.LeakyReLU)]
         assert len(active) == 4 and not isinstance(vae(layers).decoder[-1], nn.LeakyReLU)
         rks, (a, b) = vae(layers, "RKS").encoder.frozen, torch.rand(2, 4, 1, 32, 32)
         assert torch.allclose(rks(a + b) + rks(0 * a), rks(a) + rks(b), atol=1e-5)  # affine
-    net = vae("conv", "PNL", "flow6", 3)
-    x_hat, z, _ = net(net.encoder.frozen(digits(2, 3)), torch.zeros(2, 32))
-    assert z.shape == (2, 32) and x_hat.shape == (2, 3, 32, 32)
 
 
 def test_xavier_bounds_and_equal_starts():
@@ -91,8 +75,6 @@ def test_xavier_bounds_and_equal_starts():
     assert 0.99 * bound < vae("fc").decoder[6].weight.abs().max() <= bound
     bound = math.sqrt(6 / (9 * 4 + 9 * 64))
     assert 0.98 * bound < vae("conv").decoder[1].weight.abs().max() <= bound
-    flow = vae(prior="flow2").priors["flow2"].s[0][0].weight.abs().max()  # PyTorch's own
-    assert 0.9 * 8**-0.5 < flow <= 8**-0.5
     a, b = vae("conv", "PNL"), vae("conv", "PNL", "flow6")
     assert torch.equal(a.decoder[1].weight, b.decoder[1].weight)
     assert torch.equal(a.encoder.body[0].weight, b.encoder.body[0].weight)
@@ -116,22 +98,20 @@ def test_flow_inverts_and_its_log_determinant_is_autograds():
     for row, value in zip(z, logdet):
         J = torch.autograd.functional.jacobian(lambda v: prior(v[None])[0][0], row)
         assert torch.allclose(torch.linalg.slogdet(J)[1], value)
-
-
-def test_one_coupling_as_the_equations_have_it():
-    prior, z = flow(1, 4), torch.randn(7, 4, generator=g(), dtype=torch.double)
-    a, b = z[:, :2], z[:, 2:]
-    y_b = prior.s[0](a).exp() * b + prior.t[0](a)
-    assert torch.allclose(prior(z)[0], torch.stack([y_b[:, 1], y_b[:, 0], a[:, 1], a[:, 0]], 1))
-    u, logdet = fe.Flow(4, 8, 0)(z)
+    prior = flow(1, 4)
+    a, b = z[:, :2], z[:, 2:4]
+    y_b = prior.s[0](a).exp() * b + prior.t[0](a)  # the document's equations
+    wanted = torch.stack([y_b[:, 1], y_b[:, 0], a[:, 1], a[:, 0]], 1)
+    assert torch.allclose(prior(z[:, :4])[0], wanted)
+    u, logdet = fe.Flow(6, 8, 0)(z)
     assert torch.equal(u, z) and not logdet.any()  # no flow: the normal prior
 
 
 def test_density_in_two_dimensions_integrates_to_one():
-    prior, line = flow(4, 2, 0.7), torch.linspace(-12, 12, 601, dtype=torch.double)
+    prior, line = flow(4, 2, 0.7), torch.linspace(-12, 12, 301, dtype=torch.double)
     u, logdet = prior(torch.cartesian_prod(line, line))
     density = (logdet - (u**2).sum(1) / 2 - math.log(2 * math.pi)).exp()
-    assert abs(density.sum().item() * 0.04**2 - 1) < 1e-3
+    assert abs(density.sum().item() * 0.08**2 - 1) < 1e-3
 
 
 # --- the objective ---
@@ -150,10 +130,10 @@ def test_terms_against_the_definition():
     assert torch.allclose(RT, parts.sum(1) + logdet, atol=1e-4)
 
 
-@pytest.mark.parametrize("layers, prior", [("conv", "normal"), ("conv", "flow2"), ("fc", "flow6")])
-def test_ceiling_of_the_published_rt(layers, prior):
+@pytest.mark.parametrize("prior", ["normal", "flow6"])
+def test_ceiling_of_the_published_rt(prior):
     """A frozen encoder stays below 8 K - 6.408, and reaches it with saturated flows at 0."""
-    net, x, K = vae(layers, "NL", prior), digits(), fe.PRIORS[prior]
+    net, x, K = vae("fc", "NL", prior), digits(), fe.PRIORS[prior]
     h, eps = net.encoder.frozen(x), torch.randn(64, 16, generator=g())
     assert (fe.loss_terms(net, h, x, eps, "as-published")[1] <= 8 * K - 6.4077).all()
     for s, t in zip(net.priors[prior].s, net.priors[prior].t):
@@ -164,16 +144,10 @@ def test_ceiling_of_the_published_rt(layers, prior):
 
 
 def test_re_of_a_frozen_encoder_does_not_depend_on_the_prior():
-    """dRE/dprior is None; and one decoder for three priors is three trainings' own."""
+    """One decoder for three priors is three trainings' own: no gradient goes across."""
     x, eps = digits(), torch.randn(64, 16, generator=g())
-    for encoder in ("NL", "RKS", "L"):
+    for encoder in ("NL", "L"):
         net = vae("conv", encoder, "flow2")
-        RE, RT = fe.loss_terms(net, net.encoder.frozen(x), x, eps, "as-published")
-        found = torch.autograd.grad(RE.sum(), list(net.priors.parameters()), allow_unused=True,
-                                    retain_graph=True)
-        assert all(gradient is None for gradient in found)
-        shared = torch.autograd.grad(RT.sum(), list(net.decoder.parameters()), allow_unused=True)
-        assert all(gradient is None for gradient in shared)
         _, z, _ = net(net.encoder.frozen(x), eps)
         assert z.requires_grad == (encoder == "L")
     together = fe.build("conv", "NL", ["normal", "flow2"], 1, 0)
@@ -190,8 +164,8 @@ def test_re_of_a_frozen_encoder_does_not_depend_on_the_prior():
 # --- training ---
 
 
-@pytest.mark.parametrize("encoder", [*fe.ENCODERS, "PCA"])
-@pytest.mark.parametrize("layers", fe.LAYERS)
+@pytest.mark.parametrize("layers, encoder", [*itertools.product(["conv"], fe.ENCODERS),
+                                             ("fc", "PNL"), ("fc", "PCA")])
 def test_frozen_weights_stay_and_all_others_move(layers, encoder):
     net = vae(layers, encoder, "flow2")
     before = {key: value.clone() for key, value in net.state_dict().items()}
@@ -235,12 +209,9 @@ def test_splits_are_disjoint_and_drawn_anew():
 
 def test_pca_is_the_best_linear_code_and_standardised_codes_are_standard():
     x = digits(400)
-    net = fe.make(fe.Model("fc", "PCA", ("normal",)), 0, x)
-    codes, flat = net.encoder.frozen(x), x.flatten(1)
-    values = torch.linalg.eigvalsh(torch.cov(flat.T.double()))
+    codes = fe.make(fe.Model("fc", "PCA", ("normal",)), 0, x).encoder.frozen(x)
+    values = torch.linalg.eigvalsh(torch.cov(x.flatten(1).T.double()))
     assert torch.allclose(codes.var(0).double(), values[-16:], rtol=1e-3)
-    patches = fe.make(fe.Model("conv", "PCA", ("normal",)), 0, x).encoder.last.weight.flatten(1)
-    assert torch.allclose(patches @ patches.T, torch.eye(4), atol=1e-5)
     net = fe.make(fe.Model("conv", "RKS", ("normal",), True), 0, x)
     codes = net.encoder.frozen(x)
     assert codes.mean(0).abs().max() < 1e-4 and (codes.std(0) - 1).abs().max() < 1e-4
@@ -249,27 +220,15 @@ def test_pca_is_the_best_linear_code_and_standardised_codes_are_standard():
 # --- log p(x) ---
 
 
-@pytest.mark.parametrize("size", [0.3, 1.0])
-def test_log_p_of_a_linear_gaussian_model(size):
+def test_log_p_of_a_linear_gaussian_model():
     """Known exactly; codes of a random encoder, as far off as a frozen one's."""
-    W = size * torch.randn(64, 16, generator=g("W"))
+    W = torch.randn(64, 16, generator=g("W"))
     x = torch.randn(100, 16, generator=g("z")) @ W.T
     x = x + math.sqrt(0.5) * torch.randn(100, 64, generator=g("x"))
     exact = MultivariateNormal(torch.zeros(64), W @ W.T + torch.eye(64) / 2).log_prob(x)
     mu = x @ (0.02 * torch.randn(64, 16, generator=g("encoder")))
     found = fe.log_likelihood(lambda z: z @ W.T, fe.Flow(16, 8, 0), mu, x, 50, g())
     assert abs((found - exact).mean()) < 0.05
-
-
-@torch.no_grad()
-def test_bound_is_below_log_p_in_a_real_net():
-    net, x = vae("conv", "NL", "flow2"), digits(8)
-    RE, RT = fe.evaluate(net, x, "corrected", g())
-    net.requires_grad_(False)
-    with torch.enable_grad():
-        found = fe.log_likelihood(net.decoder, net.priors["flow2"], net.encoder.frozen(x), x, 5,
-                                  g())
-    assert RT - RE - fe.constant(x) < found.mean().item() - 50
 
 
 def test_predicted_rt():
@@ -352,32 +311,9 @@ def test_anova_against_a_published_table():
         (15.572, 1, 54), (92.0, 2, 54), (4.107, 2, 54)]
     assert table[terms[2]]["p"] == pytest.approx(0.0219, abs=0.006)
     assert table[terms[1]]["p"] == 1e-4 and table[terms[0]]["p"] < 0.002
-
-
-def test_permutation_p_values_are_uniform_without_an_effect():
-    levels = {"a": torch.arange(12) % 2}
-    p = [fe.anova(torch.randn(12, generator=g(i)).exp(), levels, [("a",)], 199, g(i))[("a",)]["p"]
-         for i in range(200)]
-    assert 0.4 < sum(p) / 200 < 0.6 and sum(value < 0.1 for value in p) < 40
-    assert fe.sign_flip_p(torch.ones(6), 9999, g()) == pytest.approx(2 / 64, abs=0.006)
+    assert fe.sign_flip_p(torch.ones(6), 9999, g()) == pytest.approx(2 / 64, abs=0.007)
     assert fe.sign_flip_p(torch.tensor([1.0, -1, 2, -2]), 999, g()) == 1
-
-
-def test_degrees_of_freedom_are_the_documents():
-    """110, 96 and 113 for five repeats of the 24 models."""
-    keys = [key for key in fe.DOCUMENT for _ in range(5)]
-    levels = {factor: torch.tensor([sorted({key[place] for key in keys}).index(key[place])
-                                    for key in keys])
-              for place, factor in enumerate(("layers", "prior", "encoder"))}
-    y = torch.randn(120, generator=g())
-    for measure, df in (("RE", 96), ("RT", 110), ("seconds", 113), ("distance", 96)):
-        table = fe.anova(y, levels, fe.ANALYSES[measure][0], 9, g())
-        assert {row["error df"] for row in table.values()} == {df}
-        for term, text in fe.ANALYSES[measure][1].items():
-            if "(" in text:
-                found = table[tuple(term.split(" x "))]
-                assert f"F({found['df']}, {df})" in text
-    assert fe.t4_within(2 / (1 + 1 / 5) ** 0.5) * 24 == pytest.approx(20.6, abs=0.05)
+    assert fe.t4_within(2.776) == pytest.approx(0.95, abs=1e-4)
 
 
 # --- the FID ---
@@ -403,10 +339,8 @@ def test_inception_is_the_tf_ported_one(weights, monkeypatch):
     assert seen[0].shape == (2, 3, 299, 299) and -1 <= seen[0].min() < -0.9 < 0.9 < seen[0].max()
     fe.fid_moments(net, torch.full((2, 3, 32, 32), 0.5))
     assert torch.allclose(seen[1], torch.tensor(2 * 128 / 255 - 1), atol=1e-6)  # of 256 levels
-    for name, size, largest in [
-        *[("Mixed_5b", 192, False), ("Mixed_6c", 768, False)],
-        *[("Mixed_7b", 1280, False), ("Mixed_7c", 2048, True)],
-    ]:
+    for name, size, largest in [("Mixed_5b", 192, False), ("Mixed_6c", 768, False),
+                                ("Mixed_7b", 1280, False), ("Mixed_7c", 2048, True)]:
         block, h = getattr(net, name), torch.randn(1, size, 9, 9, generator=g())
         count = F.avg_pool2d(torch.ones(1, 1, 9, 9), 3, 1, 1)  # the share that is no padding
         pooled = F.max_pool2d(h, 3, 1, 1) if largest else F.avg_pool2d(h, 3, 1, 1) / count
@@ -450,16 +384,14 @@ def not_earned(table):
 
 
 def test_the_documents_own_figures_meet_its_claims():
+    """And none without learning; of a part of the grid there are no orders."""
     table = fe.claims(documents_run(), fe.DOCUMENT, True, True, 3)
     assert len(table) > 35 and not_earned(table) == []
+    table = fe.claims(documents_run(), fe.DOCUMENT, False, True, 3)
+    assert len(not_earned(table)) == len(table)
     assert not_earned(fe.claims(documents_run(fe.SVHN), fe.SVHN, True, True, 3)) == []
     few = {key: row for key, row in documents_run().items() if key[:2] == ("conv", "flow6")}
-    assert len(fe.claims(few, fe.DOCUMENT, True, True, 3)) == 13  # a part of the grid: no orders
-
-
-def test_nothing_is_earned_by_the_document_without_learning():
-    table = fe.claims(documents_run(), fe.DOCUMENT, False, True, 3)
-    assert {row["verdict"] for row in table} & set(EARNED) == set()
+    assert len(fe.claims(few, fe.DOCUMENT, True, True, 3)) == 13
 
 
 FLIPS = [  # what is changed in the document's run, and the beginning of a claim that then fails
@@ -476,30 +408,21 @@ FLIPS = [  # what is changed in the document's run, and the beginning of a claim
 ]
 
 
-@pytest.mark.parametrize("key, measure, change, claim", FLIPS)
-def test_each_claim_follows_its_own_figure(key, measure, change, claim):
-    at = documents_run()
-    at[key][measure] = at[key][measure] + change
-    failed = not_earned(fe.claims(at, fe.DOCUMENT, True, True, 3))
-    assert any(name.startswith(claim) for name in failed), failed
+def test_each_claim_follows_its_own_figure():
+    for key, measure, change, claim in FLIPS:
+        at = documents_run()
+        at[key][measure] = at[key][measure] + change
+        failed = not_earned(fe.claims(at, fe.DOCUMENT, True, True, 3))
+        assert any(name.startswith(claim) for name in failed), (claim, failed)
 
 
-def test_counts_stand_beside_what_a_perfect_reproduction_gives():
-    """Of five repeats of the document's own spread, n = 1: 20.6 of 24, and that is enough."""
-    at, far = documents_run(repeats=1), list(fe.DOCUMENT)[:4]
-    for key in far:
-        at[key]["RE"] = at[key]["RE"] + 3 * fe.published(fe.DOCUMENT, key, "RE")[1]
-    row = fe.claims_about_figures(at, fe.DOCUMENT, True, 1)[2]
-    assert (row["document"], row["here"], row["verdict"]) == ("20.6 of 24", "20", "reproduced")
-
-
-@pytest.mark.parametrize("key, measure, value", [
-    (("conv", "normal", "NL"), "RE", 50.0), (("fc", "flow6", "L"), "RT", 10.0)])
-def test_learned_sees_each_dead_part(key, measure, value):
-    at = documents_run()
-    assert fe.learned(at, 16, 52.5)
-    at[key][measure] = torch.tensor([value])
-    assert not fe.learned(at, 16, 52.5)
+def test_learned_sees_each_dead_part():
+    assert fe.learned(documents_run(), 16, 52.5)
+    for key, measure, value in ((("conv", "normal", "NL"), "RE", 50.0),
+                                (("fc", "flow6", "L"), "RT", 10.0)):
+        at = documents_run()
+        at[key][measure] = torch.tensor([value])
+        assert not fe.learned(at, 16, 52.5)
 
 
 # --- the run ---
@@ -534,39 +457,35 @@ def test_smoke_writes_everything(smoke):
     assert len(cells) == 24
     for row in cells.values():
         assert row["negative ELBO"][0] == pytest.approx(row["RE"][0] - row["RT"][0])
+        gap = row["gap of negative ELBO"][0]  # above 0 where test images come out worse
+        assert gap == pytest.approx(row["gap of RE"][0] + row["gap of RT"][0])
         assert 10 < row["RE"][0] < 300 and row["distance"][0] > 0
+    trained = torch.load(folder / "units" / "seed0-fc-L-flow2.pt")["result"]["log"][-1]
+    row = cells["fc-flow2-L"]
+    assert row["gap of RE"][0] == pytest.approx(row["RE"][0] - trained[0].item())
+    assert row["gap of RT"][0] == pytest.approx(trained[1].item() - row["RT"][0])
     a, b = cells["conv-normal-NL"], cells["conv-flow6-NL"]
     assert a["RE"] == b["RE"] and a["distance"] != b["distance"]  # one decoder, three priors
 
 
-def test_weights_reload_and_give_the_measured_numbers(smoke):
-    def unit(name):
-        return torch.load(smoke[0] / "units" / f"{name}.pt", weights_only=True)["result"]
-
-    x, _ = fe.load_data("glyphs", True, 300 * 7 // 5 + 200, "none", "cpu")
-    train, test = fe.split(x, 300, 200, 0)
-    trained, model = unit("seed0-conv-PNL-flow6"), fe.Model("conv", "PNL", ("flow6",))
-    net = fe.load_vae(model, 0, train, trained["weights"])
-    RE, RT = fe.evaluate(net, test, "as-published", g("test"))
-    row = smoke[1]["results"]["conv-flow6-PNL"]
-    assert RT == pytest.approx(row["RT"][0], rel=0.05) and RE == pytest.approx(row["RE"][0],
-                                                                               rel=0.01)
-    assert row["gap of RE"][0] == pytest.approx(row["RE"][0] - trained["log"][-1, 0].item())
-    assert row["gap of RT"][0] == pytest.approx(trained["log"][-1, 1].item() - row["RT"][0])
-
-
-def dead_run(monkeypatch, trained):
-    """A quick run, two repeats, small, whose nets are not trained; its closing table."""
+def test_null(monkeypatch):
+    """Untrained nets, and with fc decoders that put out the mean image, earn no row."""
     def train_unit(unit, model, seed, x, objective, epochs, batch):
         net = fe.make(model, seed, x)
-        if model.layers == "fc" and trained == "mean image":
+        if model.layers == "fc":
             net.decoder[-2].weight.data.zero_()
             net.decoder[-2].bias.data = x.mean(0).flatten()
         return {"weights": net.state_dict(), "log": torch.zeros(epochs, 1 + len(net.priors))}
 
-    small = dict(fe.PRESETS["smoke"], repeats=2)
-    monkeypatch.setitem(fe.PRESETS, "quick", small)
+    judged, claims = [], fe.claims
+
+    def claims_seen(*rest):
+        judged.append(rest)
+        return claims(*rest)
+
+    monkeypatch.setitem(fe.PRESETS, "quick", dict(fe.PRESETS["smoke"], repeats=2))
     monkeypatch.setattr(fe, "train_unit", train_unit)
+    monkeypatch.setattr(fe, "claims", claims_seen)
     monkeypatch.setattr(fe, "plot", lambda *rest: None)
     monkeypatch.setattr(fe, "PERMUTATIONS", 99)
     monkeypatch.setattr(fe, "log_likelihood", lambda decoder, prior, mu, *rest: mu[:, 0])
@@ -575,17 +494,10 @@ def dead_run(monkeypatch, trained):
     monkeypatch.setattr(fe, "time_epochs", lambda *rest: seconds)
     report = fe.main(["--out", "null"])
     assert any("Post-hoc" in title for title in report["tables"])
-    return next(iter(report["tables"].values()))
-
-
-@pytest.mark.parametrize("trained", ["nothing", "mean image"])
-def test_null(trained, monkeypatch):
-    """Untrained nets, and decoders that have learned the mean image alone, earn no row."""
-    table = dead_run(monkeypatch, trained)
-    assert len(table) > 35 and [row for row in table if row["verdict"] in EARNED] == []
-    monkeypatch.setattr(fe, "learned", lambda *rest: True)
-    table = dead_run(monkeypatch, trained)  # of the same units
-    assert [row for row in table if row["verdict"] in EARNED]  # the test can fail
+    table = next(iter(report["tables"].values()))
+    assert len(table) > 35 and len(not_earned(table)) == len(table)
+    at, document, _, _, repeats = judged[0]
+    assert len(not_earned(claims(at, document, True, True, repeats))) < 35  # it can be lost
 
 
 def test_three_colours_and_the_corrected_objective():
@@ -599,79 +511,47 @@ def test_three_colours_and_the_corrected_objective():
     assert {row["term"] for row in statistics} == {"encoder"}
 
 
-def test_kill_and_continue_equals_an_undisturbed_run(smoke, killed_and_continued):
-    """A real kill -9 in the middle of a unit, then the same command again."""
-    out = killed_and_continued("frozen_encoder_vae", "seed0-fc-L-flow2.1.checkpoint")
-    assert "reused seed0-fc-L-normal" in out
-    report = json.load(open("run/results.json"))
-    assert but_times(report["results"]) == but_times(smoke[1]["results"])
+def test_kill_and_continue_equals_an_undisturbed_run(smoke, monkeypatch):
+    """A real kill -9 in the middle of a net, an error in that of the judge; then the same."""
+    shutil.copytree(smoke[0], "run")
+    os.remove("run/results.json")
+    os.remove("run/units/seed0-fc-L-flow2.pt")
+    killed("import frozen_encoder_vae; frozen_encoder_vae.main()",
+           "seed0-fc-L-flow2.1.checkpoint", "--preset", "smoke")
+    os.remove("run/units/judge.pt")
+    three = iter([F.cross_entropy] * 3)
+    with monkeypatch.context() as patch, pytest.raises(StopIteration):
+        patch.setattr(common, "EVERY", 0)
+        patch.setattr(F, "cross_entropy", lambda *rest: next(three)(*rest))
+        fe.main(SMOKE)
+    assert os.path.exists("run/units/judge.1.checkpoint")
+    monkeypatch.setattr(fe, "plot", lambda *rest: None)
+    assert but_times(fe.main(SMOKE)["results"]) == but_times(smoke[1]["results"])
     assert open("run/metrics.csv").read() == (smoke[0] / "metrics.csv").read_text()
+    for name in ("judge", "seed0-fc-L-flow2"):
+        one, other = (torch.load(folder / "units" / f"{name}.pt")["result"]["weights"]
+                      for folder in (pathlib.Path("run"), smoke[0]))
+        assert all(torch.equal(one[key], other[key]) for key in other)
 
 
-def test_two_processes_give_what_one_does():
-    flags = "--encoder L RKS --layers conv --prior flow2 --repeats 2".split()
-    one = fe.main(["--preset", "smoke", "--out", "one", *flags])
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
-               "2", str(ROOT / "frozen_encoder_vae.py"), "--preset", "smoke", "--out", "two"]
-    subprocess.run([*command, *flags], check=True, capture_output=True, env=environment())
-    two = json.loads(pathlib.Path("two/results.json").read_text())
-    assert but_times(one["results"]) == but_times(two["results"])
-    assert one["tables"].keys() == two["tables"].keys() and len(one["results"]) == 3
-    assert len(one["results"]["conv-flow2-L"]["RE"]) == 2
-
-
-BAD = """--encoder PRKS; --layers dense; --prior flow4; --objective elbo; --epochs many;
-    --layers fc --dataset glyphs-rgb; --prior normal --dataset svhn;
-    --repeats 0; --train-images 10; --anova; --fid-weights x; --importance-steps 5; extra"""
-
-
-@pytest.mark.parametrize("argv", [line.split() for line in BAD.split(";")])
+@pytest.mark.parametrize("argv", ["--prior flow4", "--train-images 10",
+                                  "--prior normal --dataset svhn"])
 def test_bad_input_is_one_line_and_writes_nothing(argv, refused):
-    assert argv[0] in refused(fe.main, argv) and os.listdir() == []
-
-
-def test_more_training_images_than_there_are(refused, monkeypatch):
-    few = torch.rand(700, 1, 28, 28), torch.arange(700) % 10
-    monkeypatch.setattr(common, "images", lambda *_: few)
-    error = refused(fe.main, [*SMOKE, "--dataset", "mnist", "--train-images", "500"])
-    assert "--train-images" in error and "700" in error and not os.path.exists("run")
-
-
-def test_rank_alone_is_a_process_of_its_own(monkeypatch):
-    """Bug 6: cluster managers set RANK without torchrun. Bug: help that shows a tuple."""
-    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
-        monkeypatch.setenv(name, value)
-    with pytest.raises(SystemExit) as stop:
-        fe.main(["--help"])
-    assert stop.value.code == 0
-    assert common.join_others("cpu") == (0, 1)
-    assert all(not isinstance(value, (tuple, list)) for preset in fe.PRESETS.values()
-               for value in preset.values())
-
-
-PASTED = """
-g = torch.Generator().manual_seed(0)
-x = torch.rand(64, 1, 32, 32, generator=g)
-vae = VAE(Encoder("L", "conv", 1, 4), Decoder("conv", 1, 4), {"flow": Flow(16, 8, 2)})
-RE, RT = loss_terms(vae, x, x, torch.randn(64, 16, generator=g), "corrected")
-(RE - RT).mean().backward()
-flow = Flow(4, 8, 3)
-z = torch.randn(9, 4, generator=g)
-one = torch.eye(3).double()
-print(torch.allclose(flow.inverse(flow(z)[0]), z, atol=1e-5),
-      frechet_distance(one[0], one, one[1], one))
-"""
+    assert argv.split()[0] in refused(fe.main, argv.split()) and os.listdir() == []
 
 
 def test_the_copy_test():
     """The flow, the model with its loss, and the Fréchet distance, pasted alone, run."""
-    source = (ROOT / "frozen_encoder_vae.py").read_text()
-    wanted = ["Encoder", "Decoder", "Flow", "VAE", "reconstruction_error", "loss_terms",
-              "regularisation_term", "frechet_distance"]
-    parts = [ast.get_source_segment(source, node) for node in ast.parse(source).body
-             if getattr(node, "name", "") in wanted]
-    head = "import math\nimport torch\nfrom torch import nn\nVARIANCE = 1e-6\n\n"
-    pathlib.Path("pasted.py").write_text(head + "\n\n".join(parts) + PASTED)
-    done = subprocess.run([sys.executable, "pasted.py"], capture_output=True, text=True,
-                          env=environment())
-    assert len(parts) == 8 and done.stdout == "True 2.0\n", done.stderr
+    note = pasted("frozen_encoder_vae", ["Encoder", "Decoder", "Flow", "VAE", "frechet_distance",
+                                         "reconstruction_error", "regularisation_term",
+                                         "loss_terms"], "VARIANCE = 1e-6")
+    x, eps = digits(), torch.randn(64, 16, generator=g())
+    flow = note["Flow"](16, 8, 2)
+    decoder = note["Decoder"]("conv", 1, 4)
+    vae = note["VAE"](note["Encoder"]("L", "conv", 1, 4), decoder, {"f": flow})
+    RE, RT = note["loss_terms"](vae, x, x, eps, "corrected")
+    (RE - RT).mean().backward()
+    assert vae.encoder.body[0].weight.grad.abs().max() > 0
+    assert torch.allclose(flow.inverse(flow(eps)[0]), eps, atol=1e-5)
+    one = torch.eye(3).double()
+    assert note["frechet_distance"](one[0], one, one[1], one) == pytest.approx(2)
