@@ -121,6 +121,27 @@ def test_two_particles_have_the_energy_of_the_boltzmann_weight(pair, monkeypatch
     assert near == pytest.approx(close, abs=4 * (close * (1 - close) / C) ** 0.5)
 
 
+def test_contact_theorem(monkeypatch):
+    """T [rho(0) - rho(L)] = N gamma in equilibrium; rho from a cubic fitted near the walls."""
+    L, n, gamma, width, bins = 5.0, 5, 0.5, 1.0, 20
+    monkeypatch.setattr(lj, "N", n), monkeypatch.setattr(lj, "L", L)
+    xy, _ = lj.metropolis(gamma, 10_000, 1500, lj.lennard_jones, g(), bool(shutil.which("g++")))
+    edge = torch.linspace(0, width, bins + 1, dtype=torch.double)
+    powers = torch.arange(1, 5)
+    area = (edge[1:, None] ** powers - edge[:-1, None] ** powers) / powers
+    weight = torch.linalg.pinv(area)[0]  # of each bin, in the fitted density at the wall
+    y = xy[1].T.double()  # (C, N)
+    contact = 0
+    for sign, height in ((1, y), (-1, L - y)):
+        place = (height / width * bins).long()
+        inside = place < bins
+        contact = contact + sign * (weight[place.clamp(max=bins - 1)] * inside).sum(1)
+    contact = T * contact
+    assert contact.mean().item() == pytest.approx(
+        n * gamma, abs=4 * contact.std().item() / 100)
+    assert contact.std() / 100 < 0.1  # the test could see 20 % off
+
+
 @needs_compiler
 def test_the_fluid_is_that_of_a_plain_cpp_metropolis():
     """Energy, height and acceptance of 500 systems at gamma = 1 after 200 sweeps by both."""
