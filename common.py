@@ -152,6 +152,7 @@ class Parser(argparse.ArgumentParser):
         for name, value in vars(args).items():
             if value == []:  # argparse takes "--flag=--" for a flag without values
                 self.error(f"argument --{name.replace('_', '-')}: expected a value")
+        join_others(args.device)  # each on its GPU, before any data goes there
         settle()
         return args
 
@@ -218,10 +219,26 @@ def write(path, data):
         die(f"cannot write {path}: {error.strerror}")
 
 
+def on_cpu(value):
+    """A value with its tensors on the CPU, those in its lists, tuples and dicts, too."""
+    if isinstance(value, torch.Tensor):
+        return value.cpu()
+    if isinstance(value, dict):
+        return {key: on_cpu(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [on_cpu(item) for item in value]
+    if isinstance(value, tuple):
+        return tuple(on_cpu(item) for item in value)
+    return value
+
+
 def save(path, value):
-    """torch.save in one step: tensors, numbers, strings, and lists, tuples and dicts of them."""
+    """torch.save in one step: tensors, numbers, strings, and lists, tuples and dicts of them.
+
+    Everything is saved on the CPU, so that a machine without a GPU can load it.
+    """
     buffer = io.BytesIO()
-    torch.save(value, buffer)
+    torch.save(on_cpu(value), buffer)
     write(path, buffer.getvalue())
 
 
@@ -474,9 +491,10 @@ def join_others(device):
     size = int(os.environ.get("WORLD_SIZE", 1))
     if size == 1 or "MASTER_ADDR" not in os.environ:  # cluster managers may set RANK alone
         return 0, 1
-    if device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
+    if not dist.is_initialized():
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
     return dist.get_rank(), size
 
 
@@ -627,6 +645,8 @@ def images(dataset, train, folder, device="cpu"):
     Missing files are downloaded into `folder`; where that fails, one line says what to do.
     """
     from torchvision import datasets
+    if dist.is_initialized() and dist.get_rank() > 0:
+        dist.barrier()  # the first process downloads, alone
     timeout, folder = socket.getdefaulttimeout(), pathlib.Path(folder)
     socket.setdefaulttimeout(30)  # for a server that hangs
     try:
@@ -643,6 +663,8 @@ def images(dataset, train, folder, device="cpu"):
         die(f"cannot load {dataset} ({why}): {remedy(dataset, folder)}, or use --dataset glyphs")
     finally:
         socket.setdefaulttimeout(timeout)
+    if dist.is_initialized() and dist.get_rank() == 0:
+        dist.barrier()
     return x.to(device).float() / 255, y.to(device)
 
 
