@@ -17,6 +17,7 @@ import pathlib
 import platform
 import random
 import re
+import signal
 import socket
 import sys
 import time
@@ -410,7 +411,7 @@ class Run:
     def wait(self):
         """Until all processes are here."""
         if self.world > 1:
-            dist.barrier()  # an error where one has failed
+            together()
 
     def units(self, names, compute):
         """{name: result}: from the folder's files, else of compute(name), saved there.
@@ -495,7 +496,20 @@ def join_others(device):
         if device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
+        signal.signal(signal.SIGTERM, one_has_ended)  # torchrun's, where one has failed
     return dist.get_rank(), size
+
+
+def one_has_ended(*_):
+    die("a process of this run has ended; the same command continues", status=1)
+
+
+def together():
+    """Wait for the other processes."""
+    try:
+        dist.barrier()
+    except RuntimeError:
+        one_has_ended()
 
 
 def locked(folder):
@@ -646,7 +660,7 @@ def images(dataset, train, folder, device="cpu"):
     """
     from torchvision import datasets
     if dist.is_initialized() and dist.get_rank() > 0:
-        dist.barrier()  # the first process downloads, alone
+        together()  # the first process downloads, alone
     timeout, folder = socket.getdefaulttimeout(), pathlib.Path(folder)
     socket.setdefaulttimeout(30)  # for a server that hangs
     try:
@@ -664,7 +678,7 @@ def images(dataset, train, folder, device="cpu"):
     finally:
         socket.setdefaulttimeout(timeout)
     if dist.is_initialized() and dist.get_rank() == 0:
-        dist.barrier()
+        together()
     return x.to(device).float() / 255, y.to(device)
 
 
