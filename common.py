@@ -31,7 +31,7 @@ def note(message):
 
 def die(message, status=2):
     """End the program with one line on stderr; status 2: bad input, 1: the computation failed."""
-    note(f"error: {message}")
+    note(f"error: {message}".replace("\n", " "))  # a name may hold a line's end
     raise SystemExit(status)
 
 
@@ -87,7 +87,7 @@ OWN_FILES = ["units/*.pt", "units/*.checkpoint", "fig_*.png", "results.json", "m
 def number(kind, low, high=math.inf):
     """An argparse type: an `int` or a finite `float` between low and high, both included."""
     def parse(text):
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, OverflowError):  # 400 digits are no float
             value = kind(text)
             if low <= value <= high and math.isfinite(value):  # float() takes "nan" and "inf"
                 return value
@@ -106,6 +106,13 @@ def device(name):
         choice = ", ".join(key for key in usable if usable[key])
         raise argparse.ArgumentTypeError(f"{name!r} is not available here (usable: auto, {choice})")
     return name
+
+
+def folder(name):
+    """An argparse type: a folder's name, "~" being one's home."""
+    if not name:
+        raise argparse.ArgumentTypeError("expected a folder's name")
+    return os.path.expanduser(name)
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -135,9 +142,9 @@ class Parser(argparse.ArgumentParser):
             help="seed of all random numbers; of several, the first")
         add("--device", type=device, default="auto", metavar="{auto,cpu,cuda,mps}",
             help="where to compute; auto: CUDA if there is one, else the CPU")
-        add("--data", type=os.path.expanduser, default="data", metavar="DIR",
+        add("--data", type=folder, default="data", metavar="DIR",
             help="folder of the image data")
-        add("--out", type=os.path.expanduser, metavar="DIR",
+        add("--out", type=folder, metavar="DIR",
             help="run folder, if not out/<script>-<preset>")
         add("--fresh", action="store_true", help="delete the run in the folder first")
         self.add = self.add_argument_group("flags of this script").add_argument
@@ -148,7 +155,8 @@ class Parser(argparse.ArgumentParser):
         peek.add_argument("--preset", default="quick")  # first: it sets the others' defaults
         with contextlib.suppress(argparse.ArgumentError):  # the full parser reports it
             preset = peek.parse_known_args(argv)[0].preset
-            self.set_defaults(**self.presets.get(preset, {}))
+            if preset in list(self.presets):  # of "--preset=--" it is a list
+                self.set_defaults(**self.presets[preset])
         args = self.parse_args(argv)
         for name, value in vars(args).items():
             if value == []:  # argparse takes "--flag=--" for a flag without values
