@@ -24,7 +24,7 @@ from unittest import mock
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 SCRIPTS = ["lso_mnist", "ae_cube", "vae_lj_fluid", "frozen_encoder_vae", "eae_simmering"]
-TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 BAD = ["", " ", "many", "nan", "-inf", "1e999", "9" * 401, "9" * 5000, "0x1", "1,5", "1\n2", "--",
        "²", "-99999999", "99999999999999"]  # for numbers and choices
 NO_FOLDER = ["", "/dev/null/x", "/proc/x", "x" * 300]
