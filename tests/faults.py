@@ -39,8 +39,8 @@ def check(what, good, detail):
 
 
 def start(script, folder, torchrun=False, limit=resource.RLIM_INFINITY):
-    """The smoke run, with a checkpoint after each step; no file may be longer than limit."""
-    command = ["-c", f"import common, {script}; common.EVERY = 0; {script}.main()"]
+    """The smoke run, with a checkpoint ten times a second; no file may be longer than limit."""
+    command = ["-c", f"import common, {script}; common.EVERY = 0.1; {script}.main()"]
     if torchrun:
         command = [*TORCHRUN, f"{ROOT}/{script}.py"]
     return subprocess.Popen(
@@ -167,7 +167,8 @@ def main():
                 process = start(script, folder, torchrun=faults[-1] is lost_processes)
                 error = process.communicate()[1]
                 same = process.returncode == 0 and results(folder) == results(whole)
-                check(f"{faults[-1].__name__}, continued", same, error or "other results")
+                name = faults[-1].__name__.replace("_", " ")
+                check(f"{name}, continued", same, error or "other results")
                 shutil.rmtree(folder)
             os.chdir(ROOT)
         print(f"{script}: {json.dumps(CHECKS)}, {len(FAILED)} failed so far", flush=True)
