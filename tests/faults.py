@@ -109,9 +109,11 @@ def lost_processes(script, folder, seconds):
     """One of torchrun's two is killed: soon all have ended, the other one with at most a line."""
     shutil.rmtree(folder)
     process = start(script, folder, torchrun=True)
-    time.sleep(random.uniform(5, 5 + seconds / 3))
-    children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(random.choice(children)), 9)
+    children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while len(children.read_text().split()) < 2:
+        time.sleep(0.1)
+    time.sleep(random.uniform(0, seconds / 2))
+    os.kill(int(random.choice(children.read_text().split())), 9)
     killed = time.time()
     error = process.communicate()[1]
     good = time.time() < killed + 60 and error.count("Traceback (") == 1  # torchrun's own
