@@ -125,12 +125,10 @@ def bad_command_lines(script):
     module = importlib.import_module(script)
     plumbing = module.common
     caught = mock.patch.object(plumbing.Parser, "parse", autospec=True, side_effect=SystemExit)
-    with caught as parse:
-        with contextlib.suppress(SystemExit):
-            module.main([])
-    actions = parse.call_args.args[0]._actions[1:]  # the first is --help
+    with caught as parse, contextlib.suppress(SystemExit):
+        module.main([])
     lines = [["--nonsense"], ["two\nlines"], ["--data"], ["--data="]]
-    for action in actions:
+    for action in parse.call_args.args[0]._actions[1:]:  # the first is --help
         flag = action.option_strings[0]
         if action.nargs == 0:
             lines.append([f"{flag}=yes"])
