@@ -178,12 +178,16 @@ def check_self():
     noise = torch.randn(3, generator=g, device=x.device)
     (net(2 * x + noise).sum() * torch.tensor(2.0)).backward()
     optimiser.step()
+    for part in (net, optimiser):  # as common.restore does
+        part.load_state_dict(common.on_cpu(part.state_dict()))
+    optimiser.step()
     assert net.weight.device.type == net.weight.grad.device.type == "cuda"
     assert x[torch.arange(2)].cpu().device.type == "cpu" == torch.zeros(3).device.type
 
 
 def main(scripts):
     torch.Generator, torch.save, common.device = Generator, save, str
+    common.EVERY = 0.5  # checkpoints, too
     torch.cuda.synchronize = lambda: None
     torch.cuda.get_device_name = lambda: "labels"
     failed = 0
