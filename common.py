@@ -17,6 +17,7 @@ import pathlib
 import platform
 import random
 import re
+import signal
 import socket
 import sys
 import time
@@ -30,7 +31,7 @@ def note(message):
 
 def die(message, status=2):
     """End the program with one line on stderr; status 2: bad input, 1: the computation failed."""
-    note(f"error: {message}")
+    note(f"error: {message}".replace("\n", " "))  # a name may hold a line's end
     raise SystemExit(status)
 
 
@@ -86,7 +87,7 @@ OWN_FILES = ["units/*.pt", "units/*.checkpoint", "fig_*.png", "results.json", "m
 def number(kind, low, high=math.inf):
     """An argparse type: an `int` or a finite `float` between low and high, both included."""
     def parse(text):
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, OverflowError):  # 400 digits are no float
             value = kind(text)
             if low <= value <= high and math.isfinite(value):  # float() takes "nan" and "inf"
                 return value
@@ -105,6 +106,13 @@ def device(name):
         choice = ", ".join(key for key in usable if usable[key])
         raise argparse.ArgumentTypeError(f"{name!r} is not available here (usable: auto, {choice})")
     return name
+
+
+def folder(name):
+    """An argparse type: a folder's name, "~" being one's home."""
+    if not name:
+        raise argparse.ArgumentTypeError("expected a folder's name")
+    return os.path.expanduser(name)
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -134,9 +142,9 @@ class Parser(argparse.ArgumentParser):
             help="seed of all random numbers; of several, the first")
         add("--device", type=device, default="auto", metavar="{auto,cpu,cuda,mps}",
             help="where to compute; auto: CUDA if there is one, else the CPU")
-        add("--data", type=os.path.expanduser, default="data", metavar="DIR",
+        add("--data", type=folder, default="data", metavar="DIR",
             help="folder of the image data")
-        add("--out", type=os.path.expanduser, metavar="DIR",
+        add("--out", type=folder, metavar="DIR",
             help="run folder, if not out/<script>-<preset>")
         add("--fresh", action="store_true", help="delete the run in the folder first")
         self.add = self.add_argument_group("flags of this script").add_argument
@@ -147,11 +155,13 @@ class Parser(argparse.ArgumentParser):
         peek.add_argument("--preset", default="quick")  # first: it sets the others' defaults
         with contextlib.suppress(argparse.ArgumentError):  # the full parser reports it
             preset = peek.parse_known_args(argv)[0].preset
-            self.set_defaults(**self.presets.get(preset, {}))
+            if preset in list(self.presets):  # of "--preset=--" it is a list
+                self.set_defaults(**self.presets[preset])
         args = self.parse_args(argv)
         for name, value in vars(args).items():
             if value == []:  # argparse takes "--flag=--" for a flag without values
                 self.error(f"argument --{name.replace('_', '-')}: expected a value")
+        join_others(args.device)  # each on its GPU, before any data goes there
         settle()
         return args
 
@@ -218,10 +228,26 @@ def write(path, data):
         die(f"cannot write {path}: {error.strerror}")
 
 
+def on_cpu(value):
+    """A value with its tensors on the CPU, those in its lists, tuples and dicts, too."""
+    if isinstance(value, torch.Tensor):
+        return value.cpu()
+    if isinstance(value, dict):
+        return {key: on_cpu(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [on_cpu(item) for item in value]
+    if isinstance(value, tuple):
+        return tuple(on_cpu(item) for item in value)
+    return value
+
+
 def save(path, value):
-    """torch.save in one step: tensors, numbers, strings, and lists, tuples and dicts of them."""
+    """torch.save in one step: tensors, numbers, strings, and lists, tuples and dicts of them.
+
+    Everything is saved on the CPU, so that a machine without a GPU can load it.
+    """
     buffer = io.BytesIO()
-    torch.save(value, buffer)
+    torch.save(on_cpu(value), buffer)
     write(path, buffer.getvalue())
 
 
@@ -393,7 +419,7 @@ class Run:
     def wait(self):
         """Until all processes are here."""
         if self.world > 1:
-            dist.barrier()  # an error where one has failed
+            together()
 
     def units(self, names, compute):
         """{name: result}: from the folder's files, else of compute(name), saved there.
@@ -474,10 +500,24 @@ def join_others(device):
     size = int(os.environ.get("WORLD_SIZE", 1))
     if size == 1 or "MASTER_ADDR" not in os.environ:  # cluster managers may set RANK alone
         return 0, 1
-    if device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
+    if not dist.is_initialized():
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
+        signal.signal(signal.SIGTERM, one_has_ended)  # torchrun's, where one has failed
     return dist.get_rank(), size
+
+
+def one_has_ended(*_):
+    die("a process of this run has ended; the same command continues", status=1)
+
+
+def together():
+    """Wait for the other processes."""
+    try:
+        dist.barrier()
+    except RuntimeError:
+        one_has_ended()
 
 
 def locked(folder):
@@ -627,6 +667,8 @@ def images(dataset, train, folder, device="cpu"):
     Missing files are downloaded into `folder`; where that fails, one line says what to do.
     """
     from torchvision import datasets
+    if dist.is_initialized() and dist.get_rank() > 0:
+        together()  # the first process downloads, alone
     timeout, folder = socket.getdefaulttimeout(), pathlib.Path(folder)
     socket.setdefaulttimeout(30)  # for a server that hangs
     try:
@@ -643,6 +685,8 @@ def images(dataset, train, folder, device="cpu"):
         die(f"cannot load {dataset} ({why}): {remedy(dataset, folder)}, or use --dataset glyphs")
     finally:
         socket.setdefaulttimeout(timeout)
+    if dist.is_initialized() and dist.get_rank() == 0:
+        together()
     return x.to(device).float() / 255, y.to(device)
 
 

@@ -203,14 +203,13 @@ def long_run(chains, sweeps, records, seed, device, compile):
 
 
 @functools.cache  # one note is enough
-def can_compile():
+def can_compile(device="cpu"):
     """Compile something small: where that fails, one note says why."""
     try:
-        torch.compile(lambda x: x.sin() + 1, dynamic=False)(torch.zeros(8))
+        torch.compile(lambda x: x.sin() + 1, dynamic=False)(torch.zeros(8, device=device))
         return True
     except Exception as error:  # no compiler, one that fails, a folder with a space: many kinds
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        why = "".join(lines[-1:])[:100]
+        why = str(error).strip().partition("\n")[0][:100]
         common.note(f"note: torch.compile does not work here ({why}): running without it, "
                     "which is slower")
         return False
@@ -1481,7 +1480,7 @@ def plot(run, nets, data, sets, energies, every, end, found):
 def main(argv=None):
     """Run the document; returns what results.json holds."""
     args = arguments(argv)
-    compile = args.compile and can_compile()
+    compile = args.compile and can_compile(args.device)
     compared = min(args.compared, args.epochs)  # epochs of the nets beside the main one
     long = max(args.long, 10 * args.sweeps)
     with common.Run(__file__, args, f"N = {N}, L = {L:g}, T = {T:g}",
