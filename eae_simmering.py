@@ -269,7 +269,7 @@ def wave_modes(frames, device):
     missed = 1 - (both ** 2).sum() / total
     norm = (both[0] ** 2).sum(1).mean().sqrt()  # of u
     x, x_t = (both / norm).float()
-    return {"basis": basis.float().cpu(), "x": x.cpu(), "x_t": x_t.cpu(), "missed": missed.item(),
+    return {"basis": basis.float(), "x": x, "x_t": x_t, "missed": missed.item(),
             "norm": norm.item()}
 
 
@@ -531,8 +531,8 @@ def simmer(name, loss, n, encoder, decoder, s, g, take=None):
         log = algorithm_1(name, loss, n, decoder, sampler, s, g)
         trained = copy.deepcopy(encoder.state_dict())
         ensemble, rest = sample_ensemble(name, loss, n, sampler, s, g, take or sampler.theta.clone)
-    return {"encoder": on_cpu(trained), "decoder": on_cpu(decoder.state_dict()),
-            "ensemble": ensemble.cpu(), "log": log.cpu(), "at rest": rest.cpu()}
+    return {"encoder": trained, "decoder": decoder.state_dict(), "ensemble": ensemble,
+            "log": log, "at rest": rest}
 
 
 def train(name, loss, n, encoder, decoder, steps, s, g):
@@ -548,12 +548,8 @@ def train(name, loss, n, encoder, decoder, steps, s, g):
         optimiser.step()
         log[step, 0] = value.detach()
     weights = nn.utils.parameters_to_vector(encoder.parameters()).detach()
-    return {"encoder": on_cpu(encoder.state_dict()), "decoder": on_cpu(decoder.state_dict()),
-            "ensemble": weights[None].cpu(), "log": log.cpu()}
-
-
-def on_cpu(state):
-    return {key: value.cpu() for key, value in state.items()}
+    return {"encoder": encoder.state_dict(), "decoder": decoder.state_dict(),
+            "ensemble": weights[None], "log": log}
 
 
 def train_digits(name, kind, x, s, seed, beta=1.0):
