@@ -14,17 +14,15 @@ and the decoder descends its free energy -T log Z, Eqs. (6), (9), by a mean over
     python eae_simmering.py --experiment reaction-diffusion     the waves: about 5 minutes
     python eae_simmering.py --experiment all            all that has data here: about 40 minutes
 
-A run leaves figures, tables, logs and nets (units/*.pt) in its folder. Our choices, where the
-document is silent or its text is lost (temperatures and time steps: SETTINGS):
-* MNIST's and Frey's nets are 784-256-256-64 (560-...) and back, U is the mean binary cross-entropy
-  of a pixel. CelebA's U is the mean squared error, its last layer has no ReLU: pixels would die.
-* quick has many decoder updates of 5 encoders each, successive steps of one path; paper has the
-  document's few of thousands. Eq. (7) means K to infinity.
-* Velocities are drawn anew every 20 steps, in the document for the waves alone (every 5).
-* Appendix A.4 is lost: `members` encoders are kept, one every `stride` steps, under the trained
-  decoder. An image's code is its mean over them, its reconstruction that of the mean code.
-* The waves are seen in 64 POD modes. Eq. (16) is solved for latents scaled to unit variance, with
-  a ridge of 1e-6; the weights of Eq. (14) are 1 and 0.5.
+A run leaves figures, tables, logs and nets (units/*.pt). Our choices, where the document is
+silent or its text is lost (temperatures and time steps: SETTINGS):
+* U is the mean binary cross-entropy of a pixel, of CelebA the mean squared error, and its last
+  layer has no ReLU, under which pixels die.
+* quick has many decoder updates of 5 successive encoders each, paper the document's few of
+  thousands; Eq. (7) means K to infinity. Velocities are drawn anew every 20 (waves: 5) steps.
+* A.4 is lost: `members` encoders are kept, one every `stride` steps, the decoder at rest. An
+  image's code is its mean over them, its reconstruction that of the mean code.
+* The waves are seen in 64 POD modes, Eq. (16) is solved at unit variance with a ridge of 1e-6.
 """
 import copy
 import math
@@ -1109,7 +1107,8 @@ def table_of(at, keys, head):
         for key in keys:
             if key in measures:
                 row[key] = f"{measures[key].mean():.3g}"
-        rows.append(row)
+        if len(row) > 1:
+            rows.append(row)
     return rows
 
 
@@ -1184,13 +1183,13 @@ def digits(run, args, name, data):
     title = data_name(name, args.dataset)
     run.figure(plot_sheet(sheet), f"{name}_reconstructions",
                f"{title}: test images and reconstructions")
-    if name == "mnist":
-        plot_digits(run, title, models, codes, x_test, y_test)
     beyond = f"Beyond the document: {name}, "
     columns = ["mse", "active", "in use", "rise", "variance", "motion", "eta2", "probe",
                "multimodal", "between", "generated"]
-    tables = {beyond + "means over the runs": table_of(at, columns[:6], "net"),
-              beyond + "latents": table_of(at, columns[6:], "net")}
+    tables = {beyond + "means over the runs": table_of(at, columns[:6], "net")}
+    if name == "mnist":
+        tables[beyond + "latents"] = table_of(at, columns[6:], "net")
+        plot_digits(run, title, models, codes, x_test, y_test)
     return as_lists(at), image_claims(name, at), tables, units
 
 
@@ -1206,6 +1205,27 @@ def plot_digits(run, title, models, codes, x_test, y_test):
                f"Figs. 2b and 5, {title}: latents of test images by digit; a: activity")
 
 
+def train_faces(name, x, x_test, s, seed):
+    """A work unit: an EAE of bytes x (n, 3, 64, 64); all temperatures of a seed start alike.
+
+    Its ensemble (M, len(x_test) D + 1) are the codes of x_test, and U of one fixed batch.
+    """
+    encoder, decoder = build(face_nets, seed, "celeba", x.device)
+    g = common.generator(seed, "celeba batches", x.device)
+    fixed = x[:256].float() / 255
+
+    def loss(i):
+        images = x[i].float() / 255  # bytes until here: a quarter of the memory
+        return F.mse_loss(decoder(encoder(images)), images)
+
+    def take():
+        codes = torch.cat([encoder(part) for part in x_test.split(100)])
+        U = F.mse_loss(decoder(encoder(fixed)), fixed)
+        return torch.cat([codes.flatten(), U[None]])
+
+    return simmer(name, loss, len(x), encoder, decoder, s, g, take)
+
+
 def faces(run, args, name, data):
     """Section 4.3: CelebA at a high and at a low temperature."""
     low = setting_of(args, name)
@@ -1219,21 +1239,7 @@ def faces(run, args, name, data):
 
     def train_unit(unit):
         k, title = tasks[unit]
-        encoder, decoder = build(face_nets, args.seed + k, name, args.device)  # both start alike
-        g = common.generator(args.seed + k, f"{name} batches", args.device)
-        fixed = x[:256].float() / 255
-
-        def loss(i):
-            images = x[i].float() / 255  # bytes until here: a quarter of the memory
-            return F.mse_loss(decoder(encoder(images)), images)
-
-        def take():  # codes of all test faces, and U of one batch
-            codes = torch.cat([encoder(part) for part in x_test.split(100)])
-            U = F.mse_loss(decoder(encoder(fixed)), fixed)
-            return torch.cat([codes.flatten(), U[None]])  # (n D + 1,)
-
-        return simmer(unit, loss, len(x), encoder, decoder, low._replace(T=temperatures[title]), g,
-                      take)
+        return train_faces(unit, x, x_test, low._replace(T=temperatures[title]), args.seed + k)
 
     units = run.units(list(tasks), train_unit)
     mean = torch.zeros_like(x_test[0], dtype=torch.double)
