@@ -685,8 +685,8 @@ def images(dataset, train, folder, device="cpu"):
         die(f"cannot load {dataset} ({why}): {remedy(dataset, folder)}, or use --dataset glyphs")
     finally:
         socket.setdefaulttimeout(timeout)
-    if dist.is_initialized() and dist.get_rank() == 0:
-        together()
+        if dist.is_initialized() and dist.get_rank() == 0:
+            together()
     return x.to(device).float() / 255, y.to(device)
 
 

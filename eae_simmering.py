@@ -1532,6 +1532,8 @@ def main(argv=None):
                 common.note(f"note: {name} is left out")
     args.experiment = list(data)
     label = f"seed {args.seed}"
+    if args.dataset == "glyphs":
+        label += ", glyphs for images"
     with common.Run(__file__, args, label, additive=["experiment", "runs"]) as run, \
             warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated")  # torch.func's own
