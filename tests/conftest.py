@@ -2,10 +2,7 @@
 
 import os
 import pathlib
-import signal
-import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -39,27 +36,3 @@ def environment(**more):
     """Of a script as a process: as many threads as here, since other numbers round differently."""
     threads = str(torch.get_num_threads())
     return dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS=threads, **more)
-
-
-@pytest.fixture
-def killed_and_continued():
-    """Run a script's smoke preset in ./run, kill -9 it once run/units/<part> is there, and run the
-    same command again: what that prints."""
-
-    def check(script, part):
-        code = f"import common, {script}; common.EVERY = 0; {script}.main()"
-        command = [sys.executable, "-c", code, "--preset", "smoke", "--out", "run"]
-        quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        process = subprocess.Popen(command, env=environment(), **quiet)
-        deadline = time.time() + 120
-        while not pathlib.Path("run/units", part).exists() and time.time() < deadline:
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        assert not os.path.exists("run/results.json")
-        command[2] = f"import {script}; {script}.main()"  # fewer checkpoints: much faster
-        second = subprocess.run(command, env=environment(), capture_output=True, text=True)
-        assert second.returncode == 0, second.stderr
-        return second.stdout
-
-    return check
