@@ -94,11 +94,12 @@ def test_extended_energy_is_conserved_to_second_order(chain):
 
 
 def test_new_velocities_leave_the_chain_alone():
-    sampler = eae.NoseHoover(Particles(torch.zeros(4000)), T=0.5, m=2.0, chain=3,
+    sampler = eae.NoseHoover(Particles(torch.zeros(4000)), T=0.5, m=2.0, tau=3.0, chain=3,
                              generator=torch.Generator().manual_seed(0))
     sampler.w = [0.1, -0.2, 0.3]
     sampler.redraw()
     assert sampler.w == [0.1, -0.2, 0.3]
+    assert sampler.Q == pytest.approx(4000 * 0.5 * 3.0 ** 2)
     assert abs(2.0 * (sampler.v ** 2).mean() / 0.5 - 1) < 0.1
     assert abs(sampler.thermometers()[0] / 0.5 - 1) < 0.1
 
