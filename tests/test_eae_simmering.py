@@ -93,6 +93,16 @@ def test_extended_energy_is_conserved_to_second_order(chain):
     assert 3 < drifts[0] / drifts[1] < 5  # halved step, a quarter of the error
 
 
+def test_the_configurational_thermometer_sees_what_new_velocities_hide():
+    wells = Particles(torch.zeros(2000))  # far colder than T
+    sampler = eae.NoseHoover(wells, T=0.5, dt=0.1, generator=torch.Generator().manual_seed(0))
+    for _ in range(10):
+        sampler.redraw()
+        sampler.step(lambda: (wells.theta ** 2).sum() / 2)
+    kinetic, configurational = sampler.thermometers()
+    assert abs(kinetic / 0.5 - 1) < 0.2 and 0 < configurational / 0.5 < 0.2
+
+
 def test_new_velocities_leave_the_chain_alone():
     sampler = eae.NoseHoover(Particles(torch.zeros(4000)), T=0.5, m=2.0, tau=3.0, chain=3,
                              generator=torch.Generator().manual_seed(0))
