@@ -79,7 +79,7 @@ GLYPH_FONTS = ["DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSan
                "cmss10"]
 EVERY = 15  # seconds between two checkpoints
 OWN_FILES = ["units/*.pt", "units/*.checkpoint", "fig_*.png", "results.json", "metrics.csv",
-             "table.md", "tables.md"]  # what --fresh deletes
+             "table.md"]  # what --fresh deletes
 
 
 # --- arguments and seeds -------------------------------------------------------------------------

@@ -188,12 +188,12 @@ def test_additive_flags_keep_what_earlier_commands_left():
 def test_fresh_deletes_the_run_and_nothing_else():
     toy.main(SMALL)
     mine = ["run/diary.txt", "run/.notes.v2.tmp", "run/units/.x.tmp", "run/units/notes"]
-    for path in [*mine, "run/tables.md", "run/fig_old.png"]:
+    for path in [*mine, "run/fig_old.png"]:
         open(path, "w").write("mine")
     toy.main([*SMALL, "--fresh", "--units", "a"])
     assert all(open(path).read() == "mine" for path in mine)
     assert {path.name for path in pathlib.Path("run/units").glob("*.pt")} == {"a.pt"}
-    assert not os.path.exists("run/tables.md") and not os.path.exists("run/fig_old.png")
+    assert not os.path.exists("run/fig_old.png")
 
 
 def test_a_folder_that_is_no_run_is_left_alone(refused):

@@ -235,6 +235,9 @@ def test_an_attractor_is_told_from_a_centre_and_both_senses_from_one():
     assert centre["end radius"] == pytest.approx([0.5, 1.5], abs=0.01)
     mixed = measure(hopf(0.9, 0.2), hopf(-0.9, 0.2))
     assert mixed["minority"] == 0.5 and abs(mixed["omega"] - 0.9) < 1e-3
+    explodes = hopf(0.9, 0.2)
+    explodes[5, 0] = 50.0  # dz1/dt = 50 z1^3: it has no sense of rotation
+    assert measure(hopf(0.9, 0.2), explodes)["minority"] == 0
 
 
 def test_integration_is_of_fourth_order_and_keeps_a_rotation():
