@@ -309,7 +309,7 @@ def batch(points, g):
 
 def build(row, seed):
     """The untrained net of a seed."""
-    torch.manual_seed(common.generator(seed, f"net {row.d}").initial_seed())
+    common.seed_weights(seed, f"net {row.d}")
     return Autoencoder(row.d, row.stochastic)
 
 
@@ -401,7 +401,7 @@ def evaluate(net, row, seed, n, device="cpu", points="held-out"):
                 "scatter": scatter}
     measures = {key: value.item() for key, value in measures.items()}
     arrays = {"x": x, "x_hat": x_hat, "generated": generated}
-    return measures, {key: value[:1000].cpu() for key, value in arrays.items()}
+    return measures, {key: value[:1000] for key, value in arrays.items()}
 
 
 def evaluate_row(row, weights, seeds, args, points="held-out"):
@@ -414,8 +414,7 @@ def evaluate_row(row, weights, seeds, args, points="held-out"):
         measured, clouds = evaluate(net, row, seed, args.held_out, args.device, points)
         measures.append(measured)
         arrays.append(clouds)
-    stacked = {key: torch.tensor([one[key] for one in measures]) for key in measures[0]}
-    return {"weights": weights, "measures": stacked, "arrays": arrays[0]}
+    return {"weights": weights, "measures": common.over_repeats(measures), "arrays": arrays[0]}
 
 
 def train_and_evaluate(rows, seeds, name, args, points="held-out"):
@@ -425,18 +424,13 @@ def train_and_evaluate(rows, seeds, name, args, points="held-out"):
     for r, row in enumerate(rows):
         weights = []
         for m in range(r * len(seeds), (r + 1) * len(seeds)):
-            weights.append({key: value[m].detach().cpu() for key, value in params.items()})
+            weights.append({key: value[m].detach() for key, value in params.items()})
         one = evaluate_row(row, weights, seeds, args, points)
-        one["log"] = {term: block_means(values[:, r]) for term, values in log.items()}
+        one["log"] = {term: common.in_blocks(values[:, r]) for term, values in log.items()}
         at_the_end = one["log"]["mse"][-5:].mean(0)  # (S,), on training points
-        one["measures"]["gap"] = one["measures"]["mse"] / at_the_end - 1
+        one["measures"]["gap"] = one["measures"]["mse"] / at_the_end.cpu() - 1
         found.append(one)
     return found
-
-
-def block_means(values, blocks=100):
-    """(steps, S) -> (at most 100, S)"""
-    return torch.stack([part.mean(0) for part in values.chunk(blocks)]).cpu()
 
 
 def yardsticks(seed, n):
@@ -782,6 +776,8 @@ def efficient(claim, here, rivals):
                 verdict=verdict)
 
 
+# --- tables --------------------------------------------------------------------------------------
+
 def models_table(at):
     """All rows with what was measured, means of the seeds."""
     table = []
@@ -793,6 +789,18 @@ def models_table(at):
             row[head] = common.show(measures[key])
         table.append(row)
     return table
+
+
+def metrics_of(fits, seeds):
+    """The logs as flat dicts, one for each row, seed and block of steps."""
+    metrics = []
+    for row, found in fits.items():
+        log = found["log"]
+        for s, seed in enumerate(seeds):
+            for block in range(len(log["mse"])):
+                values = {term: log[term][block, s].item() for term in log}
+                metrics.append({"model": str(row), "seed": seed, "block": block + 1, **values})
+    return metrics
 
 
 # --- main ----------------------------------------------------------------------------------------
@@ -870,32 +878,14 @@ def main(argv=None):
             at[name] = evaluate_row(row, among[row]["weights"], seeds, args)["measures"]
 
         plot(run, fits, cells, trials)
-        closing = claims(at)
-        if args.preset == "smoke" or args.seeds == 1:  # nothing learned, or no spread
-            for row in closing:
-                row["verdict"] = "-"
         weights = {name: row.name for name, (_, row) in chosen.items()}
-        tables = {"The document's figures and claims": closing,
-                  "Models, on held-out points": models_table(at),
-                  "Yardsticks": yardsticks(args.seed, min(2000, args.held_out))}
-        measures = {}
-        for name, values in at.items():
-            measures[name] = {key: value.tolist() for key, value in values.items()}
-        plane = {row.name: one["measures"]["generative_kl"].tolist() for row, one in cells.items()}
-        results = {"measures": measures, "weights": weights, "plane": plane, "trials": trials}
-        return run.finish(results, tables, metrics_of(fits, seeds))
-
-
-def metrics_of(fits, seeds):
-    """The logs as flat dicts, one for each row, seed and block of steps."""
-    metrics = []
-    for row, found in fits.items():
-        log = found["log"]
-        for s, seed in enumerate(seeds):
-            for block in range(len(log["mse"])):
-                values = {term: log[term][block, s].item() for term in log}
-                metrics.append({"model": str(row), "seed": seed, "block": block + 1, **values})
-    return metrics
+        plane = {row.name: one["measures"]["generative_kl"] for row, one in cells.items()}
+        results = {"measures": at, "weights": weights, "plane": plane, "trials": trials}
+        tables = {"Beyond the document: models, on held-out points": models_table(at),
+                  "Beyond the document: yardsticks":
+                      yardsticks(args.seed, min(2000, args.held_out))}
+        judged = args.preset != "smoke" and args.seeds > 1  # something learned, a spread
+        return run.finish(results, claims(at), tables, metrics_of(fits, seeds), judged)
 
 
 if __name__ == "__main__":

@@ -97,14 +97,15 @@ def number(kind, low, high=math.inf):
 
 
 def device(name):
-    """An argparse type: 'auto' is CUDA where there is one, else the CPU; MPS only by name."""
+    """An argparse type: 'auto' is CUDA where there is one, else the CPU."""
+    usable = ["cpu"]
+    if torch.cuda.is_available():
+        usable = ["cuda", "cpu"]
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    usable = {"cpu": True, "cuda": torch.cuda.is_available(),
-              "mps": torch.backends.mps.is_available()}
-    if not usable.get(name):
-        choice = ", ".join(key for key in usable if usable[key])
-        raise argparse.ArgumentTypeError(f"{name!r} is not available here (usable: auto, {choice})")
+        return usable[0]
+    if name not in usable:
+        raise argparse.ArgumentTypeError(
+            f"{name!r} is not available here (usable: auto, {', '.join(usable)})")
     return name
 
 
@@ -140,7 +141,7 @@ class Parser(argparse.ArgumentParser):
             help="smoke: seconds, offline; quick: minutes on a laptop; paper: full protocol")
         add("--seed", type=number(int, 0, 2**31), default=0,
             help="seed of all random numbers; of several, the first")
-        add("--device", type=device, default="auto", metavar="{auto,cpu,cuda,mps}",
+        add("--device", type=device, default="auto", metavar="{auto,cpu,cuda}",
             help="where to compute; auto: CUDA if there is one, else the CPU")
         add("--data", type=folder, default="data", metavar="DIR",
             help="folder of the image data")
@@ -204,9 +205,9 @@ def generator(seed, name, device="cpu"):
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)  # signed
 
 
-def batches(n, size, generator):
-    """Index batches of one shuffled pass over n items, on the generator's device."""
-    return torch.randperm(n, generator=generator, device=generator.device).split(size)
+def seed_weights(seed, name):
+    """Seed PyTorch's own generator, from which nets draw their first weights."""
+    torch.manual_seed(generator(seed, name).initial_seed())
 
 
 # --- files ---------------------------------------------------------------------------------------
@@ -469,12 +470,18 @@ class Run:
             fig.savefig(buffer, format="png", dpi=150)
             write(self.folder / f"fig_{name}.png", buffer.getvalue())
 
-    def finish(self, results, tables, metrics):
+    def finish(self, results, claims, tables, metrics, verdicts=True):
         """Write results.json, metrics.csv and table.md, print the tables; returns the results.json.
 
-        results: what JSON can hold; tables: {title: rows}, metrics: rows, a row being a flat dict.
+        results: what JSON can hold, and tensors; claims, metrics: rows, that is flat dicts;
+        tables: {title: rows}; verdicts: False where nothing has been learned, or once alone.
         """
+        tables = {"The document's figures and claims": claims} | tables
         tables = {title: rows for title, rows in tables.items() if rows}
+        for rows in tables.values():
+            for row in rows:
+                if "verdict" in row and not verdicts:
+                    row["verdict"] = "-"
         units = self.told.values()
         devices = sorted({f"{unit['device']}, torch {unit['torch']}" for unit in units})
         seconds = sum(unit["seconds"] for unit in units)
@@ -485,7 +492,8 @@ class Run:
         report = {"label": self.label, "config": self.config, "python": platform.python_version(),
                   "units": self.told, "tables": tables, "results": results,
                   "seconds of this command": time.time() - self.start}
-        report = json.loads(json.dumps(report), parse_constant=lambda _: None)  # JSON has no NaN
+        text_of_all = json.dumps(report, default=lambda tensor: tensor.tolist())
+        report = json.loads(text_of_all, parse_constant=lambda _: None)  # JSON has no NaN
         if self.rank == 0:
             write(self.folder / "results.json", json.dumps(report, indent=1))
             write(self.folder / "metrics.csv", as_csv(metrics))
@@ -574,6 +582,16 @@ def as_markdown(rows):
         cells = [cell.ljust(width) for cell, width in zip(line, widths)]
         text += f"| {' | '.join(cells)} |\n"
     return text
+
+
+def over_repeats(measures):
+    """One {name: number} for each repeat, as {name: tensor (repeats,)} on the CPU."""
+    return {key: torch.tensor([float(one[key]) for one in measures]) for key in measures[0]}
+
+
+def in_blocks(log, count=100):
+    """Means of at most `count` blocks of successive rows of a log (steps, ...)."""
+    return torch.stack([block.mean(0) for block in log.chunk(count)])
 
 
 def show(values):

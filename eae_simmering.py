@@ -37,9 +37,9 @@ from torch import nn
 from torch.func import jvp
 
 # B batch, D latent, N weights of the encoder, M members of its ensemble, K encoders of an update
-PRESETS = {"smoke": dict(dataset="glyphs", runs=2),
-           "quick": dict(dataset="real", runs=3),
-           "paper": dict(dataset="real", runs=3)}  # all else: SETTINGS
+PRESETS = {"smoke": dict(dataset="glyphs", seeds=2),
+           "quick": dict(dataset="real", seeds=3),
+           "paper": dict(dataset="real", seeds=3)}  # all else: SETTINGS
 
 
 class Setting(NamedTuple):
@@ -314,7 +314,7 @@ def wave_nets():
 
 def build(nets, seed, name, device, *sizes):
     """Encoder and decoder of a builder, their first weights from a generator called `name`."""
-    torch.manual_seed(common.generator(seed, f"{name} weights").initial_seed())
+    common.seed_weights(seed, f"{name} weights")
     encoder, decoder = nets(*sizes)
     return encoder.to(device), decoder.to(device)
 
@@ -1094,11 +1094,6 @@ def sweep_claims(at):
 
 # --- experiments ---------------------------------------------------------------------------------
 
-def over_runs(measures):
-    """One {key: number} for each run, to {key: (runs,)}."""
-    return {key: torch.tensor([one[key] for one in measures]) for key in measures[0]}
-
-
 def table_of(at, keys, head):
     """Means over the runs, without verdicts: at {name: {key: (runs,)}}."""
     rows = []
@@ -1112,20 +1107,12 @@ def table_of(at, keys, head):
     return rows
 
 
-def as_lists(at):
-    """{name: {key: (runs,)}} for JSON."""
-    result = {}
-    for name, measures in at.items():
-        result[str(name)] = {key: values.tolist() for key, values in measures.items()}
-    return result
-
-
 def log_rows(name, log):
     """metrics.csv: a log in at most 200 blocks of steps."""
     rows = []
     terms = TERMS[:log.shape[1]]
-    for block, values in enumerate(log.split(math.ceil(len(log) / 200)), 1):
-        rows.append({"net": name, "block": block} | dict(zip(terms, values.mean(0).tolist())))
+    for block, values in enumerate(common.in_blocks(log, 200).tolist(), 1):
+        rows.append({"net": name, "block": block} | dict(zip(terms, values)))
     return rows
 
 
@@ -1148,7 +1135,7 @@ def digits(run, args, name, data):
     s = setting_of(args, name)
     x, y, x_test, y_test = data
     tasks = {}
-    for k in range(args.runs):
+    for k in range(args.seeds):
         for kind in KINDS:
             tasks[f"{name}-{k + 1}-{kind}"] = k, kind
 
@@ -1166,14 +1153,14 @@ def digits(run, args, name, data):
         found[kind].append(measure_digits(model, data, axes, g))
         if k == 0:
             models[kind] = model
-    for k in range(args.runs):
+    for k in range(args.seeds):
         g = common.generator(args.seed + k, f"{name} evaluation", x.device)
         model = untrained_model(args.seed + k, x.shape[1], x.device)
         found["untrained"].append(measure_digits(model, data, axes, g))
-    at = {kind: over_runs(measures) for kind, measures in found.items()}
+    at = {kind: common.over_repeats(measures) for kind, measures in found.items()}
     g = common.generator(args.seed, f"{name} yardsticks", x.device)
     for what, measures in yardsticks(x_test, axes, g).items():
-        at[what] = over_runs([measures] * args.runs)
+        at[what] = common.over_repeats([measures] * args.seeds)
 
     codes = {kind: codes_of(model, x_test, g) for kind, model in models.items()}
     shown = torch.randperm(len(x_test), generator=g, device=x.device)[:16]
@@ -1190,7 +1177,7 @@ def digits(run, args, name, data):
     if name == "mnist":
         tables[beyond + "latents"] = table_of(at, columns[6:], "net")
         plot_digits(run, title, models, codes, x_test, y_test)
-    return as_lists(at), image_claims(name, at), tables, units
+    return at, image_claims(name, at), tables, units
 
 
 def plot_digits(run, title, models, codes, x_test, y_test):
@@ -1233,7 +1220,7 @@ def faces(run, args, name, data):
     x, _, x_test, _ = data
     x_test = x_test[:1000].float() / 255
     tasks = {}
-    for k in range(args.runs):
+    for k in range(args.seeds):
         for title in temperatures:
             tasks[f"{name}-{len(x)}-{k + 1}-{title.replace(' ', '-')}"] = k, title
 
@@ -1255,14 +1242,14 @@ def faces(run, args, name, data):
         found[title].append(measures)
         if k == 0:
             sheet[f"{title} = {temperatures[title]:g}"] = x_hat[:12]
-    at = {title: over_runs(measures) for title, measures in found.items()}
+    at = {title: common.over_repeats(measures) for title, measures in found.items()}
     title = data_name(name, args.dataset)
     run.figure(plot_sheet(sheet, width=0.9), "3_faces",
                f"Fig. 3b and c, {title}: faces at a high and a low temperature")
     columns = ["mse", "mean face", "distinct", "loss deviation"]
     beyond = f"Beyond the document: {name}, "
     tables = {beyond + "means over the runs": table_of(at, columns, "EAE")}
-    return as_lists(at), face_claims(at), tables, units
+    return at, face_claims(at), tables, units
 
 
 @torch.no_grad()
@@ -1348,7 +1335,7 @@ def waves(run, args, name, _):
     index = torch.randperm(count, generator=g, device=x.device)[:len(x) * 4 // 10]
     train_set = x[index], x_t[index]
     test_set = x[count:], x_t[count:]
-    names = [f"waves-{k + 1}" for k in range(args.runs)]
+    names = [f"waves-{k + 1}" for k in range(args.seeds)]
 
     def train_unit(unit):
         return train_waves(unit, train_set, test_set, s, args.seed + names.index(unit))
@@ -1432,7 +1419,7 @@ def sweep(run, args, name, data):
     s = setting_of(args, name)
     x, _, x_test, _ = data
     tasks = {}
-    for k in range(args.runs):
+    for k in range(args.seeds):
         tasks[f"sweep-{k + 1}-AE"] = k, "AE"
         for T in TEMPERATURES:
             tasks[f"sweep-{k + 1}-T-{T:g}"] = k, T
@@ -1446,7 +1433,7 @@ def sweep(run, args, name, data):
     units = run.units(list(tasks), train_unit)
     axes = principal_axes(x)
     found = {key: [] for key in ["AE", *TEMPERATURES, "untrained"]}
-    for k in range(args.runs):
+    for k in range(args.seeds):
         tasks[f"untrained {k + 1}"] = k, "untrained"
     for unit, (k, key) in tasks.items():
         model = untrained_model(args.seed + k, x.shape[1], x.device)
@@ -1456,13 +1443,13 @@ def sweep(run, args, name, data):
         measures = measure_digits(model, data, axes, g)
         measures["mean image"] = pca_mse(axes, x_test, 0)
         found[key].append(measures)
-    at = {key: over_runs(measures) for key, measures in found.items()}
+    at = {key: common.over_repeats(measures) for key, measures in found.items()}
     bayes = 1 / (len(x) * x.shape[1])  # U is a mean over images and pixels, the posterior a sum
     run.figure(plot_sweep(at, bayes), "temperature",
                f"{data_name(name, args.dataset)}: EAEs by temperature")
     columns = ["mse", "active", "in use", "variance", "motion", "eta2", "probe"]
     title = f"Beyond the document: EAEs by T; the Bayesian posterior has T = {bayes:.2g}"
-    return as_lists(at), sweep_claims(at), {title: table_of(at, columns, "T")}, units
+    return at, sweep_claims(at), {title: table_of(at, columns, "T")}, units
 
 
 # --- main ----------------------------------------------------------------------------------------
@@ -1486,7 +1473,7 @@ def arguments(argv=None):
         help="what to run; all: everything that there is data for")
     add("--dataset", choices=["real", "glyphs"],
         help="real: the experiments' own images; glyphs: digits drawn here in their place")
-    add("--runs", type=number(int, 1, 100), help="seeds of every net; 1: no verdicts")
+    add("--seeds", type=number(int, 1, 100), help="seeds, counted from --seed; 1: no verdicts")
     add("--temperature", type=number(float, 1e-15, 1e3), metavar="T",
         help="T of the EAEs, in units of U (of celeba the low one)")
     add("--step", type=number(float, 1e-9, 1e3), metavar="DT", help="time step of the sampler")
@@ -1497,8 +1484,6 @@ def arguments(argv=None):
         parser.error("argument --temperature: this experiment has its own temperatures")
     if args.temperature and args.temperature >= HOT and {"celeba", "all"} & {*args.experiment}:
         parser.error(f"argument --temperature: of celeba the low one, below {HOT:g}")
-    if args.device == "mps":
-        parser.error("argument --device: mps has no double precision")
     return args
 
 
@@ -1536,7 +1521,7 @@ def main(argv=None):
     label = f"seed {args.seed}"
     if args.dataset == "glyphs":
         label += ", glyphs for images"
-    with common.Run(__file__, args, label, additive=["experiment", "runs"]) as run, \
+    with common.Run(__file__, args, label, additive=["experiment", "seeds"]) as run, \
             warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated")  # torch.func's own
         results, closing, tables, metrics = {}, [], {}, []
@@ -1555,11 +1540,8 @@ def main(argv=None):
             tables[f"Beyond the document: {name}, temperatures in T"] = thermometer_rows(eaes)
             for unit, found in units.items():
                 metrics += log_rows(unit, found["log"])
-        if args.preset == "smoke" or args.runs == 1:  # nothing learned, or no spread
-            for row in closing:
-                row["verdict"] = "-"
-        tables = {"The document's figures and claims": closing} | tables
-        return run.finish(results, tables, metrics)
+        judged = args.preset != "smoke" and args.seeds > 1  # something learned, a spread
+        return run.finish(results, closing, tables, metrics, judged)
 
 
 if __name__ == "__main__":

@@ -183,7 +183,7 @@ def Judge():
 
 def build(name, net, seed):
     """The untrained net of a seed."""
-    torch.manual_seed(common.generator(seed, f"net {name}").initial_seed())
+    common.seed_weights(seed, f"net {name}")
     if net.kind == "classifier":
         return Classifier()
     if net.kind == "judge":
@@ -319,9 +319,7 @@ def train_net(unit, name, net, seed, data, steps, device):
         if net.algorithm_3:
             optimiser = Algorithm3(model.parameters(), net.rate)
         log = train(unit, model, loss, x, y, steps, optimiser, g, noise)
-    weights = {key: value.cpu() for key, value in model.state_dict().items()}
-    blocks = [block.mean(0) for block in log.chunk(100)]
-    return {"weights": weights, "log": torch.stack(blocks).cpu()}
+    return {"weights": model.state_dict(), "log": common.in_blocks(log)}
 
 
 # --- latent space optimisation ----------------------------------------------------------
@@ -422,7 +420,7 @@ def run_search(how, decoder, classifiers, starts, digits, box, steps):
               "moved": (x - decoder(start)).square().mean(1).sqrt(),  # RMS of a pixel
               "outside": (x != clipped).float().mean(1),
               "E, clipped": error_of(clipped, digits)}
-    return {key: value.cpu() for key, value in result.items()}
+    return result
 
 
 def draw(decoder, classifier, z, digits):
@@ -445,7 +443,7 @@ def draw(decoder, classifier, z, digits):
         images[places] = x[E.argmin()]
         images[places[:len(taken)]] = x[taken]
         solved[places[:len(taken)]] = True
-    return {"images": images.cpu(), "solved": solved.cpu(), "draws": torch.tensor(draws)}
+    return {"images": images, "solved": solved, "draws": torch.tensor(draws)}
 
 
 def walk(decoder, classifier, v, digit, steps, guard):
@@ -460,7 +458,7 @@ def walk(decoder, classifier, v, digit, steps, guard):
         v, _, _, _ = algorithm_3(error, v, C, 1, THRESHOLD, guard)
         images.append(decoder(v))
         errors.append(error(v))
-    return {"images": torch.cat(images).clamp(0, 1).cpu(), "E": torch.cat(errors).cpu()}
+    return {"images": torch.cat(images).clamp(0, 1), "E": torch.cat(errors)}
 
 
 def searches_of(layer):
@@ -509,7 +507,7 @@ def search_layer(layer, net, model, classifiers, own, seed, x, generations, step
         pool = torch.randn(POOL, net.k, generator=g, device=x.device)
         found["draws"] = draw(decoder, classifiers[own], mean + deviation * pool, digits)
     if layer in STUDIED:
-        start = found["constant"]["start"][8:9].to(x.device)  # it wants an 8
+        start = found["constant"]["start"][8:9]  # it wants an 8
         guard = GUARD * deviation.norm()
         found["walk"] = walk(decoder, classifiers[own], start, 8, steps, guard)
     return found
@@ -572,14 +570,6 @@ def evaluate_search(found, judge, device):
         values["longest"] = longest.max()
         values["with leaps"], values["without"] = success[leaps], success[~leaps]
     return {key: value.float().mean() for key, value in values.items()}
-
-
-def over_seeds(measures):
-    """Dicts of numbers, one a seed, as one dict of tensors (S,)."""
-    result = {}
-    for key in measures[0]:
-        result[key] = torch.stack([one[key].cpu() for one in measures])
-    return result
 
 
 def wilson(share, n, z=1.96):
@@ -819,6 +809,8 @@ def claims_about_success(at, n, earned):
     return table
 
 
+# --- tables -----------------------------------------------------------------------------
+
 def rows_of(measures, keys, head):
     """A table: a row for each of measures {name: {key: (S,)}}."""
     table = []
@@ -846,6 +838,38 @@ def rule_table(at, n):
             row[layer] = f"{share:.2f} ({low:.2f} to {high:.2f})"
         table.append(row)
     return table
+
+
+def tables_of(quality, at, named, n):
+    """{title: rows}: what the document lacks."""
+    judged = {"real test digits": {"read": quality["judge"]["accuracy"]}}
+    failing = {}
+    for name, measures in named.items():
+        rule = name.split(", ")[1]
+        if rule in ("constant", "no guard", "bounded", "ensemble", "draws"):
+            judged[name] = measures
+        if rule in ("constant", "no guard"):
+            failing[name] = measures
+    nets = rows_of(quality, NET_COLUMNS, "net")
+    generated = rows_of(judged, SEARCH_COLUMNS, "search")
+    failures = rows_of(failing, FAILURE_COLUMNS, "search")
+    beyond = "Beyond the document: "
+    return {beyond + "nets on real digits, MSE beside PCA's and the mean image's": nets,
+            beyond + "success of first attempts, 95 % intervals": rule_table(at, n),
+            beyond + "what is generated, and what the judge reads": generated,
+            beyond + "first attempts, and why they fail": failures}
+
+
+def metrics_of(tasks, trained):
+    """The logs as flat dicts, one for each net and block of steps."""
+    metrics = []
+    for unit, (seed, name, _) in tasks.items():
+        for block, values in enumerate(trained[unit]["log"].tolist(), 1):
+            row = {"net": name, "seed": seed, "block": block, "loss": values[0]}
+            if len(values) == 2:  # the GAN's
+                row["generator loss"] = values[1]
+            metrics.append(row)
+    return metrics
 
 
 # --- main -------------------------------------------------------------------------------
@@ -920,9 +944,9 @@ def main(argv=None):
         for name, net in nets.items():
             if net.kind != "gan":
                 ours = [evaluate_net(net, models[seed, name], data) for seed in seeds]
-                quality[name] = over_seeds(ours)
+                quality[name] = common.over_repeats(ours)
         judge = models[args.seed, "judge"]
-        quality["judge"] = over_seeds([evaluate_net(JUDGE, judge, data)])
+        quality["judge"] = common.over_repeats([evaluate_net(JUDGE, judge, data)])
         for layer in layers:
             units = [found[f"seed{seed}-search-{layer}"] for seed in seeds]
             for rule in units[0]:
@@ -930,60 +954,16 @@ def main(argv=None):
                     ours = []
                     for unit in units:
                         ours.append(evaluate_search(unit[rule], judge, args.device))
-                    at[layer, rule] = over_seeds(ours)
+                    at[layer, rule] = common.over_repeats(ours)
 
         n = args.generations * args.seeds
         first = {layer: found[f"seed{args.seed}-search-{layer}"] for layer in layers}
         plot(run, first, at, nets, real_digits(*data["test"]), n)
-        closing = claims(at, quality, args.generations)
-        if args.preset == "smoke" or args.seeds == 1:  # nothing learned, or no spread
-            for row in closing:
-                row["verdict"] = "-"
         named = {f"{layer}, {rule}": measures for (layer, rule), measures in at.items()}
-        tables = tables_of(closing, quality, at, named, n)
-        results = {"nets": as_lists(quality), "searches": as_lists(named)}
-        return run.finish(results, tables, metrics_of(tasks, trained))
-
-
-def tables_of(closing, quality, at, named, n):
-    """{title: rows}: the document's table, and without verdicts what it lacks."""
-    judged = {"real test digits": {"read": quality["judge"]["accuracy"]}}
-    failing = {}
-    for name, measures in named.items():
-        rule = name.split(", ")[1]
-        if rule in ("constant", "no guard", "bounded", "ensemble", "draws"):
-            judged[name] = measures
-        if rule in ("constant", "no guard"):
-            failing[name] = measures
-    nets = rows_of(quality, NET_COLUMNS, "net")
-    generated = rows_of(judged, SEARCH_COLUMNS, "search")
-    failures = rows_of(failing, FAILURE_COLUMNS, "search")
-    beyond = "Beyond the document: "
-    return {"The document's figures and claims": closing,
-            beyond + "nets on real digits, MSE beside PCA's and the mean image's": nets,
-            beyond + "success of first attempts, 95 % intervals": rule_table(at, n),
-            beyond + "what is generated, and what the judge reads": generated,
-            beyond + "first attempts, and why they fail": failures}
-
-
-def as_lists(measures):
-    """{name: {key: tensor (S,)}} for JSON."""
-    result = {}
-    for name, found in measures.items():
-        result[name] = {key: values.tolist() for key, values in found.items()}
-    return result
-
-
-def metrics_of(tasks, trained):
-    """The logs as flat dicts, one for each net and block of steps."""
-    metrics = []
-    for unit, (seed, name, _) in tasks.items():
-        for block, values in enumerate(trained[unit]["log"].tolist(), 1):
-            row = {"net": name, "seed": seed, "block": block, "loss": values[0]}
-            if len(values) == 2:  # the GAN's
-                row["generator loss"] = values[1]
-            metrics.append(row)
-    return metrics
+        results = {"nets": quality, "searches": named}
+        judged = args.preset != "smoke" and args.seeds > 1  # something learned, a spread
+        return run.finish(results, claims(at, quality, args.generations),
+                          tables_of(quality, at, named, n), metrics_of(tasks, trained), judged)
 
 
 if __name__ == "__main__":

@@ -199,7 +199,7 @@ def long_run(chains, sweeps, records, seed, device, compile):
                             xy)
         xy.copy_(new)
         log[k, 0] = energy(xy, gamma, lennard_jones)
-    return {"energy": log[:, 0].unflatten(1, (len(GAMMAS), chains)).cpu()}
+    return {"energy": log[:, 0].unflatten(1, (len(GAMMAS), chains))}
 
 
 @functools.cache  # one note is enough
@@ -419,9 +419,8 @@ def train_net(name, model, seed, xy, test, epochs, batch):
     net = build(name, model, seed).to(xy.device)
     g = common.generator(seed, f"batches {name}", xy.device)
     log, errors = train(name, net, model, xy, test, epochs, batch, g)
-    weights = {key: value.cpu() for key, value in net.state_dict().items()}
     means = log.unflatten(0, (epochs, -1)).mean(1)  # (epochs, 2)
-    return {"weights": weights, "log": means.cpu(), "test": errors.cpu()}
+    return {"weights": net.state_dict(), "log": means, "test": errors}
 
 
 # --- evaluate: nets ---------------------------------------------------------------------
@@ -1376,12 +1375,11 @@ def dimension_rows(mu, kl, top, xy):
     return rows
 
 
-def tables_of(closing, drifts, found, compared, models, gamma):
-    """{title: rows}: the document's table, and what it lacks."""
+def tables_of(drifts, found, compared, models, gamma):
+    """{title: rows}: what the document lacks."""
     beyond = "Beyond the document: "
     nets = representation_rows(found["representations"])
     return {
-        "The document's figures and claims": closing,
         beyond + "drift of the energies up to the second half of the long run": drifts,
         beyond + "representations": nets,
         beyond + "nets at equal steps, test MSE": compared_rows(compared, models),
@@ -1531,14 +1529,11 @@ def main(argv=None):
             later = energies[len(energies) // 2:, k].double().mean(0)  # (C,), independent
             drifts.append(settled(value, sets[name], later))
         closing = claims(found, acceptance, drifts, fitted[MAIN]["log"][-1], errors, models)
-        if args.preset == "smoke":  # nothing is learned, nothing settles
-            for row in closing + drifts:
-                row["verdict"] = "-"
         floor, js = js_distances(found["structure"])
         results = {"acceptance": acceptance, "compared": errors, "JS floor": floor, "JS": js}
-        return run.finish(results, tables_of(closing, drifts, found, errors, models,
-                                             data.gamma),
-                          metrics_of(fitted))
+        tables = tables_of(drifts, found, errors, models, data.gamma)
+        judged = args.preset != "smoke"  # where nothing is learned, nothing settles
+        return run.finish(results, closing, tables, metrics_of(fitted), judged)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ SCRIPTS = {  # flags that shorten the smoke preset
     "lso_mnist": "--train-steps 2 --steps 3",
     "vae_lj_fluid": "--configurations 20 --sweeps 4 --epochs 1",
     "frozen_encoder_vae": "--train-images 256 --test-images 100 --epochs 1",
-    "eae_simmering": "--experiment all --runs 1"}
+    "eae_simmering": "--experiment all --seeds 1"}
 labelled = {}  # {a storage's address: a weak reference, so that no other storage gets it}
 plain_save, plain_to = torch.save, torch.Tensor.to
 

@@ -5,6 +5,7 @@ import math
 import pathlib
 import shutil
 
+import common
 import eae_simmering as eae
 import pytest
 import torch
@@ -432,10 +433,10 @@ def untrained_digits():
             g = torch.Generator().manual_seed(seed)
             measures = eae.measure_digits(model, data, axes, g)
             found[kind].append(measures | {"mean image": 0.0446})
-    at = {kind: eae.over_runs(measures) for kind, measures in found.items()}
+    at = {kind: common.over_repeats(measures) for kind, measures in found.items()}
     g = torch.Generator().manual_seed(0)
     for what, measures in eae.yardsticks(data[2], axes, g).items():
-        at[what] = eae.over_runs([measures] * 3)
+        at[what] = common.over_repeats([measures] * 3)
     return at
 
 
@@ -464,11 +465,11 @@ def test_untrained_nets_earn_no_row(dead, wave_data):
         x_test = torch.rand(20, 3, 64, 64)
         ensemble = torch.randn(3, 20 * 256 + 1)
         runs = [eae.measure_faces(decoder, ensemble, x_test, x_test.mean(0))[0]] * 3
-        faces[title] = eae.over_runs(runs)
+        faces[title] = common.over_repeats(runs)
     rows += eae.face_claims(faces)
-    living = eae.over_runs([{"mse": 0.01, "mean face": 0.07, "distinct": 0.8,
+    living = common.over_repeats([{"mse": 0.01, "mean face": 0.07, "distinct": 0.8,
                              "loss deviation": 1e-4 * k} for k in (1, 2, 3)])
-    noise = eae.over_runs([{"mse": 0.3, "mean face": 0.07, "distinct": 0.0,
+    noise = common.over_repeats([{"mse": 0.3, "mean face": 0.07, "distinct": 0.0,
                             "loss deviation": 0.1 * k} for k in (1, 2, 3)])
     rows += eae.face_claims({"high T": noise, "low T": living})  # a dead hot net, a living cold one
     assert len(rows) == 44

@@ -483,7 +483,7 @@ def test_null(monkeypatch):
         judged.append(rest)
         return claims(*rest)
 
-    monkeypatch.setitem(fe.PRESETS, "quick", dict(fe.PRESETS["smoke"], repeats=2))
+    monkeypatch.setitem(fe.PRESETS, "quick", dict(fe.PRESETS["smoke"], seeds=2))
     monkeypatch.setattr(fe, "train_unit", train_unit)
     monkeypatch.setattr(fe, "claims", claims_seen)
     monkeypatch.setattr(fe, "plot", lambda *rest: None)
@@ -501,7 +501,7 @@ def test_null(monkeypatch):
 
 
 def test_three_colours_and_the_corrected_objective():
-    flags = "--dataset glyphs-rgb --objective corrected --repeats 2 --encoder L RKS".split()
+    flags = "--dataset glyphs-rgb --objective corrected --seeds 2 --encoder L RKS".split()
     report = fe.main([*SMOKE, *flags])
     assert [row["weights"] for key, row in report["results"].items() if "-" in key] == [10339,
                                                                                        10196]

@@ -37,14 +37,14 @@ def main(argv=None):
         for name, unit in found.items():
             ax.plot(unit["log"][:, 0], label=name)
         run.figure(fig, "walks", "Walks")
-        results = {name: unit["log"][-1].tolist() for name, unit in found.items()}
+        results = {name: unit["log"][-1] for name, unit in found.items()}
         metrics = [
             {"unit": name, "step": step, "loss": row[0].item()}
             for name, unit in found.items()
             for step, row in enumerate(unit["log"])
         ]
         rows = [common.reproduced("σ² of a walk é", 1.0, [1.05, 0.97])]
-        return run.finish(results, {"Verdicts": rows}, metrics)
+        return run.finish(results, rows, {}, metrics)
 
 
 if __name__ == "__main__":
