@@ -1,9 +1,8 @@
-"""Speed and memory against plain baselines, by hand: `python tests/bench.py [--out FILE]`.
+"""Speed and memory against plain baselines, by hand: `python tests/bench.py > .github/results/bench.md`.
 
 A ratio is one time over another, taken in turn: median and range of five rounds. Where these range
 over a factor of two the machine is too noisy, and no figure is given. About five minutes.
 """
-import argparse
 import os
 import pathlib
 import statistics
@@ -13,7 +12,6 @@ import tempfile
 import time
 
 import torch
-from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -24,15 +22,13 @@ import eae_simmering  # noqa: E402
 import frozen_encoder_vae  # noqa: E402
 import vae_lj_fluid  # noqa: E402
 
-SCRIPTS = ["ae_cube", "lso_mnist", "vae_lj_fluid", "frozen_encoder_vae", "eae_simmering"]
 ROUNDS = 5
 ROWS = []  # of the table
 
 
 def add(script, what, figure, spread="", goal=""):
-    row = {"script": f"{script}.py", "measured": what, "figure": figure, "range": spread}
-    ROWS.append(row | {"goal": goal})
-    print(" | ".join(row.values()), flush=True)
+    ROWS.append(dict(script=f"{script}.py", measured=what, figure=figure, range=spread, goal=goal))
+    print(" | ".join(ROWS[-1].values()), file=sys.stderr, flush=True)
 
 
 def seconds(call):
@@ -56,51 +52,46 @@ def sampler(folder, chains=5000, sweeps=250):
     program, source = f"{folder}/metropolis", pathlib.Path(__file__).with_name("metropolis.cpp")
     subprocess.run(["g++", "-O3", "-o", program, source], check=True)
     command = [program, "0.4", str(chains), str(sweeps), "1"]
-
-    def ours():
-        g = common.generator(0, "bench")
-        vae_lj_fluid.metropolis(0.4, chains, sweeps, vae_lj_fluid.lennard_jones, g, compile=True)
-
+    g, pair = common.generator(0, "bench"), vae_lj_fluid.lennard_jones
     ratio("vae_lj_fluid", "sampling 5,000 systems: plain C++ (`-O3`, one core) / all at once",
-          lambda: subprocess.run(command, capture_output=True, check=True), ours, "≥ 5 ×")
+          lambda: subprocess.run(command, capture_output=True, check=True),
+          lambda: vae_lj_fluid.metropolis(0.4, chains, sweeps, pair, g, compile=True), "≥ 5 ×")
 
 
 def cube(model, steps=40):
     rows = []
     for snr in ae_cube.SNRS[model]:
         rows += ae_cube.rows_of(model, snr, 6)
-    seeds = [0, 1, 2]
 
     def one_after_another():
         for row in rows:
-            for seed in seeds:
+            for seed in range(3):
                 ae_cube.train([row], [seed], "bench", steps, 5000)
 
     ratio("ae_cube", f"{len(rows) * 3} nets of {model}: one after another / side by side",
-          one_after_another, lambda: ae_cube.train(rows, seeds, "bench", steps, 5000), "≥ 4 ×")
+          one_after_another, lambda: ae_cube.train(rows, [0, 1, 2], "bench", steps, 5000), "≥ 4 ×")
 
 
 def vae_epoch(layers, prior, goal, n=5000):
-    x = torch.rand(n, 1, 32, 32, generator=common.generator(0, "bench"))
+    g = common.generator(0, "bench")
+    x = torch.rand(n, 1, 32, 32, generator=g)
 
     def plain():
         """In the style of pytorch/examples: DataLoader, plain Adam, .item() in each step."""
         vae = frozen_encoder_vae.build(layers, "L", [prior], 1, 0)
         vae = vae.to(memory_format=torch.contiguous_format)
         optimiser = torch.optim.Adam(vae.parameters(), lr=1e-3)
-        total = 0.0
         for (batch,) in DataLoader(TensorDataset(x), 256, shuffle=True):
             optimiser.zero_grad()
             eps = torch.randn(len(batch), 16)
             RE, RT = frozen_encoder_vae.loss_terms(vae, batch, batch, eps, "as-published")
             loss = (RE - RT).mean()
             loss.backward()
-            total += loss.item()
+            loss.item()
             optimiser.step()
 
     def ours():
         vae = frozen_encoder_vae.build(layers, "L", [prior], 1, 0)
-        g = common.generator(0, "bench")
         frozen_encoder_vae.train("bench", vae, x, "as-published", 1, 256, g)
 
     ratio("frozen_encoder_vae", f"an epoch of {layers}, {prior}, L: `DataLoader` loop / ours",
@@ -108,14 +99,9 @@ def vae_epoch(layers, prior, goal, n=5000):
 
 
 def thermostat(steps=100):
-    """Steps of an encoder in the reconstruction loss of digits, in batches of 128."""
-    if not hasattr(eae_simmering, "NoseHoover"):
-        return print("eae_simmering.py has no NoseHoover: skipped")
     x = common.glyphs(1000, 0)[0].flatten(1)  # (n, 784)
-    encoder = nn.Sequential(nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(),
-                            nn.Linear(256, 64))
-    decoder = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(),
-                            nn.Linear(256, 784)).requires_grad_(False)
+    encoder, decoder = eae_simmering.digit_nets(784)
+    decoder.requires_grad_(False)
     optimiser = torch.optim.Adam(encoder.parameters(), fused=True)
     chain = eae_simmering.NoseHoover(encoder, T=1e-7, m=1.0, dt=0.5, tau=10.0, chain=30)
 
@@ -129,12 +115,8 @@ def thermostat(steps=100):
             potential().backward()
             optimiser.step()
 
-    def simmer():
-        for _ in range(steps):
-            chain.step(potential)
-
     ratio("eae_simmering", "a step of MNIST's encoder: Nosé–Hoover, chain of 30 / fused Adam",
-          simmer, descend, "≤ 1.15 ×")
+          lambda: [chain.step(potential) for _ in range(steps)], descend, "≤ 1.15 ×")
 
 
 def memory(script, folder):
@@ -147,9 +129,7 @@ def memory(script, folder):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=pathlib.Path, help="also write the table there")
-    args, start = parser.parse_args(), time.time()
+    start = time.time()
     with tempfile.TemporaryDirectory() as folder:
         sampler(folder)
         cube("f2")
@@ -157,15 +137,13 @@ def main():
         vae_epoch("fc", "normal", "≥ 1.25 ×")
         vae_epoch("conv", "flow6", "≥ 1.5 ×")
         thermostat()
-        for script in SCRIPTS:
-            memory(script, folder)
+        for path in sorted(ROOT.glob("*_*.py")):
+            memory(path.stem, folder)
     text = (f"# Speed and memory\n\nMade by `python tests/bench.py`: each ratio's times are taken "
             f"in turn.\n\n*{torch.get_num_threads()} threads, torch {torch.__version__}; median "
             f"and range of {ROUNDS} rounds; {time.time() - start:.0f} s*\n\n")
     text += common.as_markdown(ROWS)
-    print(f"\n{text}")
-    if args.out:
-        args.out.write_text(text)
+    print(text, end="")
 
 
 if __name__ == "__main__":

@@ -33,17 +33,16 @@ def global_state():
     }
 
 
-@pytest.mark.parametrize("command", [line for line in COMMANDS if line.startswith("python ")])
-def test_command(command, capsys):
+def test_the_first_command(capsys):
     """It runs, returns what it printed, and leaves global state as found."""
-    _, script, *flags = shlex.split(command, comments=True)
+    first = next(line for line in COMMANDS if "smoke" in line)
+    _, script, *flags = shlex.split(first)
     main = importlib.import_module(script.removesuffix(".py")).main
     before = global_state()
-    report = main([*flags, "--preset", "smoke", "--out", "run"])
+    report = main(flags)
     assert global_state() == before
-    assert report["config"]["script"] == script.removesuffix(".py")
     printed = capsys.readouterr().out
-    assert printed.splitlines()[-1] == "run" and os.path.exists("run/results.json")
+    assert os.path.exists(f"{printed.splitlines()[-1]}/results.json")
     for row in next(iter(report["tables"].values())):
         assert row["claim"] in printed and row["here"] in printed
 
@@ -86,9 +85,8 @@ def test_ci_finds_the_lines_that_it_runs():
     assert sum(line.startswith("pytest") for line in COMMANDS) == 1
 
 
-def test_docstring_commands_are_real():
+def test_commands_of_readme_and_docstrings_are_real():
     for script in ROOT.glob("*.py"):
-        for line in re.findall(
-            rf"^    python {script.name}(.*?)(?:  |$)", script.read_text(), re.M
-        ):
+        text = README + script.read_text()
+        for line in re.findall(rf"^ *python {script.name}(.*?)(?:  |$)", text, re.M):
             importlib.import_module(script.stem).arguments(shlex.split(line))
