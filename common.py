@@ -61,16 +61,12 @@ def in_one_line(kind, error, trace):
 
 if not hasattr(sys, "ps1"):  # not in a Python session; before the slow imports, for Ctrl-C
     sys.excepthook = in_one_line
+    os.environ.pop("MPLBACKEND", None)  # a notebook's, for its "!python"; figures are files
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
 from tqdm import tqdm  # noqa: E402
-
-try:
-    from matplotlib.figure import Figure
-except ValueError:  # MPLBACKEND names a notebook's backend that is not installed here
-    del os.environ["MPLBACKEND"]  # figures are files: none is needed
-    from matplotlib.figure import Figure
 
 COLOURS = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000",
            "#888888"]  # Okabe and Ito's, told apart by colour-blind readers; grey for the yellow
@@ -134,7 +130,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, doc, presets):
         super().__init__(description=doc, allow_abbrev=False, formatter_class=Formatter)
-        self._negative_number_matcher = re.compile(r"-\d*\.?\d+(e[-+]?\d+)?$", re.I)  # no flags
+        self._negative_number_matcher = re.compile(r"-\.?\d")  # no flags: -5. and -1e1
         self.presets = presets
         add = self.add_argument_group("flags of all scripts").add_argument
         add("--preset", choices=list(presets), default="quick",
@@ -224,9 +220,10 @@ def write(path, data):
             os.fsync(file.fileno())  # on the disk before it gets its name
         os.replace(temporary, path)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         die(f"cannot write {path}: {error.strerror}")
+    finally:
+        with contextlib.suppress(OSError):  # it is gone if all went well
+            temporary.unlink()
 
 
 def on_cpu(value):
@@ -400,8 +397,10 @@ class Run:
 
     def add_earlier_flags(self):
         """Additive flags of the commands that finished here before: numbers rise, lists grow."""
-        for key, old in read_config(self.file)["finished"].items():
+        finished = read_config(self.file)["finished"]
+        for key in self.additive:
             new = getattr(self.args, key)
+            old = finished.get(key, new)
             if isinstance(old, list):
                 setattr(self.args, key, old + [value for value in new if value not in old])
             else:
@@ -446,8 +445,8 @@ class Run:
         finally:
             Work.current = None
         device, seconds = device_name(self.args.device), time.time() - work.start
-        save(path, {"unit": name, "result": result, "seconds": seconds, "device": device,
-                    "torch": str(torch.__version__)})
+        save(path, {"unit": name, "config": self.config, "result": result, "seconds": seconds,
+                    "device": device, "torch": str(torch.__version__)})
         say(f"{name}: {seconds:.1f} s{work.last}")
 
     def unit(self, name, compute):
@@ -457,8 +456,10 @@ class Run:
     def read(self, name):
         path = self.folder / "units" / f"{name}.pt"
         found = load(path)
-        if not isinstance(found, dict) or found.get("unit") != name:
-            die(f"{path} is not the unit {name}: delete it, the same command computes it again")
+        known = isinstance(found, dict) and found.get("unit") == name
+        if not known or found.get("config", self.config) != self.config:  # of another seed, say
+            die(f"{path} is not the unit {name} of this run: delete it, the same command computes "
+                "it again")
         self.told[name] = {key: found[key] for key in ("seconds", "device", "torch")}
         return found["result"]
 

@@ -80,8 +80,8 @@ def test_generators_differ_by_seed_and_name_and_repeat():
 
 def test_a_screen_and_an_environment_that_lack_everything():
     """No UTF-8, a notebook's backend, a cluster's ranks without torchrun."""
-    more = dict(PYTHONIOENCODING="ascii", MPLBACKEND="module://no_such_module.backend_inline",
-                RANK="0", WORLD_SIZE="4", LOCAL_RANK="0")
+    more = dict(PYTHONIOENCODING="ascii", MPLBACKEND="nonsense", RANK="0", WORLD_SIZE="4",
+                LOCAL_RANK="0")
     done = subprocess.run([sys.executable, TOY, *SMALL], env=environment(**more),
                           capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "") and done.stdout.splitlines()[-1] == "run"
@@ -205,7 +205,10 @@ def test_a_file_cut_short_or_of_another_unit_is_named(refused, monkeypatch):
     toy.main(SMALL)
     assert results() == before
     os.replace("run/units/b.pt", "run/units/c.pt")
-    assert "c.pt is not the unit c: delete it" in refused(toy.main, SMALL)
+    assert "c.pt is not the unit c of this run: delete it" in refused(toy.main, SMALL)
+    toy.main([*SMALL, "--seed", "5", "--out", "other"])
+    os.replace("other/units/c.pt", "run/units/c.pt")
+    assert "c.pt is not the unit c of this run: delete it" in refused(toy.main, SMALL)
 
 
 def test_a_full_disk_is_one_line_and_keeps_the_good_files(refused, monkeypatch):
