@@ -911,7 +911,7 @@ def plot_histograms(codes, labels, units):
                                 color=common.COLOURS[digit % 2], zorder=-digit)
             ax.set_title(f"{kind}, unit {unit}: a = {code.variance[unit]:.2g}", fontsize="small")
             ax.set(yticks=range(10), xlabel="latent z")
-            ax.locator_params(axis="x", nbins=4)  # long numbers would run into each other
+            ax.locator_params(axis="x", nbins=3)  # long numbers would run into each other
             if unit == units[0]:
                 ax.set_ylabel("digit")
     return fig
@@ -1300,10 +1300,10 @@ def train_waves(name, train_set, test_set, s, seed):
     return simmer(name, loss, len(x), encoder, decoder, s, g, take)
 
 
-def orbits(Xi, start, radii, turns):
-    """Paths (steps, R, 2) of systems Xi (R, 11, 2) from radii times their first codes start."""
+def orbits(Xi, start, turns):
+    """Paths (steps, R, 2) of systems Xi (R, 11, 2) from start (R, 2)."""
     steps = round(turns * 2 * math.pi / (OMEGA * FRAME))
-    return integrate(Xi, radii * start, FRAME, steps)
+    return integrate(Xi, start, FRAME, steps)
 
 
 def measure_ensemble(ensemble):
@@ -1311,18 +1311,18 @@ def measure_ensemble(ensemble):
     every = max(1, len(ensemble) // 100)
     Xi = ensemble[:, :22].view(-1, 11, 2)
     some, start = Xi[::every], ensemble[::every, 22:24]
-    omega = rotation_rate(orbits(some, start, 1.0, 3), FRAME)  # (R,): of whole turns
+    omega = rotation_rate(orbits(some, start, 3), FRAME)  # (R,): of whole turns
     finite = omega[omega.isfinite()]  # a path that leaves all bounds has no sense of rotation
     positive = int((finite > 0).sum())
     negative = int((finite < 0).sum())
-    paths, end_radius = {}, []
-    for radii in (0.5, 1.5):
-        path = orbits(some, start, radii, 14)
-        last_turn = path[-len(path) // 14:]
-        radius = ((last_turn ** 2).sum(2).mean(0) / 2).sqrt()  # (R,): of the codes it is 1
-        radius = radius.nan_to_num(math.inf, math.inf)  # a median with one nan would be nan
-        end_radius.append(radius.median().item())
-        paths[radii] = path[:, 0]
+    # from 0.5 and from 1.5 times the codes' radius, side by side
+    path = orbits(torch.cat([some, some]), torch.cat([0.5 * start, 1.5 * start]), 14)
+    last_turn = path[-len(path) // 14:]
+    radius = ((last_turn ** 2).sum(2).mean(0) / 2).sqrt()  # (2 R,): of the codes it is 1
+    radius = radius.nan_to_num(math.inf, math.inf)  # a median with one nan would be nan
+    inner, outer = radius.chunk(2)
+    end_radius = [inner.median().item(), outer.median().item()]
+    paths = {0.5: path[:, 0], 1.5: path[:, len(some)]}
     mean, mode, large = significant(Xi)
     terms = [name for name, one in zip(CANDIDATES, large.any(1)) if one]
     pair = torch.stack([Xi[:, 1, 0], Xi[:, 0, 1]])  # of z2 in dz1/dt, of z1 in dz2/dt
@@ -1414,16 +1414,17 @@ def table_4(run):
 
 def integrated_table_4():
     """Where the document's own coefficients lead: from (1, 0), after 100 units of time."""
+    Xi = torch.tensor([*TABLE_4.values()], dtype=torch.double).transpose(1, 2)  # (2, 11, 2)
+    start = torch.tensor([[1.0, 0.0], [1.0, 0.0]], dtype=torch.double)
+    path = integrate(Xi, start, FRAME, 2000)  # (2001, 2, 2)
+    omega = rotation_rate(path[-400:], FRAME)
     rows = []
-    for name, coefficients in TABLE_4.items():
-        Xi = torch.tensor(coefficients, dtype=torch.double).T  # (11, 2)
-        J = Xi[:2] + Xi[9:]  # at the origin sin z = z; (2, 2), transposed
+    for k, name in enumerate(TABLE_4):
+        J = Xi[k, :2] + Xi[k, 9:]  # at the origin sin z = z; (2, 2), transposed
         value = torch.linalg.eigvals(J)[0]
-        path = integrate(Xi[None], torch.tensor([[1.0, 0.0]], dtype=torch.double), FRAME, 2000)
-        omega = rotation_rate(path[-400:], FRAME).item()
         rows.append({"coefficients": name, "eigenvalues at 0":
                      f"{value.real:.3f} ± {abs(value.imag):.2f}i",
-                     "radius at the end": f"{path[-1].norm():.2g}", "ω": f"{omega:.2f}",
+                     "radius at the end": f"{path[-1, k].norm():.2g}", "ω": f"{omega[k]:.2f}",
                      "ω of the data": f"{OMEGA}"})
     return rows
 
