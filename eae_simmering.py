@@ -16,13 +16,14 @@ and the decoder descends its free energy -T log Z, Eqs. (6), (9), by a mean over
 
 A run leaves figures, tables, logs and nets (units/*.pt). Our choices, where the document is
 silent or its text is lost (temperatures and time steps: SETTINGS):
-* U is the mean binary cross-entropy of a pixel, of CelebA the mean squared error, and its last
-  layer has no ReLU, under which pixels die.
-* quick has many decoder updates of 5 successive encoders each, paper the document's few of
-  thousands; Eq. (7) means K to infinity. Velocities are drawn anew every 20 (waves: 5) steps.
-* A.4 is lost: `members` encoders are kept, one every `stride` steps, the decoder at rest. An
-  image's code is its mean over them, its reconstruction that of the mean code.
-* The waves are seen in 64 POD modes, Eq. (16) is solved at unit variance with a ridge of 1e-6.
+* U is the mean binary cross-entropy of a pixel. For CelebA it is the mean squared error, and the
+  decoder has no ReLU at its end: under one, pixels stay black for good.
+* quick updates the decoder often, after 5 encoders each time; paper as the document, seldom, after
+  thousands. Eq. (7) is the limit of many. Velocities are drawn anew every 20 steps (waves: 5).
+* A.4 is lost. After the training the decoder rests, and one encoder in `stride` steps is kept,
+  `members` in all. An image's code is the mean over them; it is decoded to the reconstruction.
+* The nets see the waves in 64 POD modes. Eq. (16) is solved for latents of unit variance, with a
+  ridge of 1e-6.
 """
 import copy
 import math
@@ -53,7 +54,7 @@ class Setting(NamedTuple):
     members: int = 20          # M, of the ensemble that is kept
     stride: int = 20           # steps between two members
     rate: float = 1e-3         # Adam's, of decoders, VAEs and AEs
-    vae: int = 7500            # Adam's steps, as many as the EAE's encoder takes
+    vae: int = 7500            # Adam's steps; in quick as many as the EAE's encoder takes
     ae: int = 7500
     size: int = 0              # images or frames; 0: all
 
@@ -73,7 +74,7 @@ CHANGES = {  # by the other presets: costs alone
     "paper": {"mnist": dict(updates=250, samples=3126, batch=32, vae=109_410, ae=218_820),
               "frey": dict(updates=1500, samples=1000, batch=2000, members=100, stride=10,
                            vae=10_000, ae=10_000),
-              "celeba": dict(updates=700, samples=5087, members=100, stride=10),
+              "celeba": dict(updates=700, samples=5087, batch=32, members=100, stride=10),
               "reaction-diffusion": dict(samples=200, batch=256, members=5000),
               "temperature": dict(updates=2000, vae=10_000, ae=10_000)}}
 HOT = 1e-4                 # CelebA's high temperature
@@ -81,7 +82,7 @@ TEMPERATURES = [1e-9, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3]
 KINDS = ["EAE", "VAE", "AE"]
 LATENT = 64                # units of MNIST's and Frey's nets
 ACTIVE = 0.01              # variance of an active unit
-IN_USE = 0.01              # share by which the MSE rises without a unit that is in use
+IN_USE = 0.01              # a unit is in use if the MSE rises by this share without it
 TERMS = ["loss", "deviation of the loss", "kinetic T", "configurational T"]  # of the logs
 TABLE_1 = {  # test MSE and active units
     "mnist": {"EAE": (0.026, 64), "VAE": (0.016, 16), "AE": (0.010, 53)},
@@ -120,9 +121,8 @@ TABLE_4 = {  # coefficients of CANDIDATES in dz1/dt and in dz2/dt
 def load_images(name, dataset, size, folder, device):
     """(x, y, x_test, y_test) of an experiment, pixels in [0, 1].
 
-    x (n, pixels), of faces bytes (n, 3, 64, 64); labels y, None where there are none. The last
-    10,000 of MNIST's training images stay apart; of all else 80 % are to train, the last 10 % to
-    test.
+    x (n, pixels), faces bytes (n, 3, 64, 64); labels y, or None. Left out are the validation sets:
+    the last 10,000 of MNIST's training images, a tenth of all else.
     """
     if dataset == "real" and name in ("mnist", "temperature"):
         x, y = common.images("mnist", True, folder, device)
@@ -247,9 +247,9 @@ def spiral(frames, n=PIXELS, length=20.0, d=0.1, beta=1.0, dt=FRAME, device="cpu
 def wave_modes(frames, device):
     """The waves in MODES proper orthogonal modes, found in every 20th frame.
 
-    basis (MODES, n^2) is orthonormal; x and x_t (frames, MODES) are the amplitudes of u and u_t by
-    the norm of u, its root mean square over time: |x|^2 is 1 on average; missed: the share of u's
-    and u_t's squares that the modes do not hold.
+    basis (MODES, n^2) is orthonormal; x and x_t (frames, MODES) are the amplitudes of u and u_t,
+    both divided by norm, so that |x|^2 is 1 on average over time. missed: the share of the squares
+    of u and u_t that the modes do not hold.
     """
     kept = []
     for k, pair in enumerate(spiral(frames, device=device)):
@@ -344,11 +344,11 @@ def candidates(z):
 
 
 def identify(z, z_t, ridge=1e-6):
-    """Xi (11, 2) of Eq. (16): dz/dt = candidates(z) Xi by ridge regression of z_t (B, 2).
+    """Xi (11, 2) of Eq. (16): ridge regression of z_t (B, 2) on the candidates at z (B, 2).
 
-    On a circle of radius r, z2 and z2 (z1^2 + z2^2) / r^2 are the same function: there the ridge
-    shares the coefficient among them by their norms. At unit variance cubic terms come out as
-    large as linear ones, at r below 0.5 they vanish.
+    On a circle of radius r, z2 and z2 (z1^2 + z2^2) / r^2 are the same function. No data can tell
+    them apart: the ridge decides how they share the coefficient. At unit variance cubic terms come
+    out as large as linear ones; at r below 0.5 they vanish.
     """
     theta = candidates(z.double())  # (B, 11), double: the Gram matrix squares its condition
     one = torch.eye(11, dtype=torch.double, device=z.device)
@@ -357,12 +357,12 @@ def identify(z, z_t, ridge=1e-6):
 
 
 def reconstruct_waves(encoder, decoder, x, x_t):
-    """What Eq. (14) compares with x and x_t (B, MODES), and the dynamics of the latents.
+    """Waves x and their derivatives x_t (B, MODES), reconstructed as Eq. (14) wants them.
 
-    Returns x_hat and x_hat_t (B, MODES), Xi (11, 2), and z (B, 2) in the gauge of unit variance.
+    Returns x_hat and x_hat_t (B, MODES), Xi (11, 2), and z (B, 2) scaled to unit variance.
     """
     z, z_t = jvp(encoder, (x,), (x_t,))  # (B, 2) each: chain rule
-    scale = z.std(0)  # the candidates are not free of scale: Xi is found for z / scale
+    scale = z.std(0)  # Xi depends on the scale of z: it is found for z / scale
     Xi = identify(z / scale, z_t / scale)  # Eq. (16), anew on every batch, with gradients
     rate = scale * (candidates(z / scale) @ Xi)  # dz/dt, Eq. (13), in the decoder's units
     x_hat, x_hat_t = jvp(decoder, (z,), (rate,))  # Eq. (15)
@@ -370,7 +370,7 @@ def reconstruct_waves(encoder, decoder, x, x_t):
 
 
 def squared_error(x_hat, x):
-    """Of waves (B, MODES), mean over the batch: modes are orthonormal, their sum is the pixels'."""
+    """Of waves (B, MODES), mean over the batch. The basis is orthonormal: pixels give the same."""
     return ((x_hat - x) ** 2).sum(1).mean()
 
 
@@ -383,12 +383,12 @@ class NoseHoover:
         dw_k/dt = w_(k-1)^2 - T / Q - w_k w_(k+1),    Q = N T tau^2
 
     (Martyna et al. 1996, Eq. (4.1)). In time theta follows exp(-U / T), v a normal law of variance
-    T / m. All thermostats have the mass Q that is usual for the first: lighter ones would brake it,
-    and the heat that a training decoder gives to the encoder could not leave. A step is half a step
-    of the chain, position Verlet, half a step of the chain; it costs one gradient, taken half-way:
-    there a well of stiffness k has its variance T / k, at the ends of a step (1 - dt^2 k / 4 m)
-    times as much. The module's parameters become views of theta, their gradients of grad: never
-    call its zero_grad(), which would cut them off.
+    T / m. All thermostats of the chain have the mass Q, usual for the first alone. Lighter ones
+    would brake it, so that it could not carry off the heat that a training decoder gives.
+    A step is half a step of the chain, position Verlet, half a step of the chain. It costs one
+    gradient, taken half-way: there theta in a well of stiffness k has the exact variance T / k (at
+    the ends of a step, 1 - dt^2 k / 4 m of it). The module's parameters become views of theta, and
+    their gradients views of grad. Never call its zero_grad(): it would cut them off.
     """
 
     def __init__(self, module, T, m=1.0, dt=0.5, tau=5.0, chain=30, generator=None):
@@ -454,7 +454,7 @@ class NoseHoover:
         return U.detach()
 
     def thermometers(self):
-        """Kinetic and configurational temperature: m v^2 and theta dU/dtheta by weight."""
+        """Kinetic and configurational temperature: means of m v^2 and of theta dU/dtheta."""
         return self.mv2 / self.N, self.virial / self.N
 
     def state_dict(self):
@@ -476,9 +476,9 @@ def batch_of(n, size, g):
 
 
 def algorithm_1(name, loss, n, decoder, sampler, s, g):
-    """Algorithm 1 under a Setting s: the log (updates, TERMS); T in units of the thermostat's.
+    """Algorithm 1 under a Setting s: its log (updates, TERMS), temperatures in units of s.T.
 
-    loss(i) is U of the items i (B,) of n; encoder and decoder are changed in place.
+    loss(i) is U of the items i (B,) of n. The sampler's encoder and the decoder change in place.
     """
     optimiser = torch.optim.Adam(decoder.parameters(), s.rate, fused=True)
     log = torch.zeros(s.updates, len(TERMS), device=g.device)
@@ -503,7 +503,7 @@ def algorithm_1(name, loss, n, decoder, sampler, s, g):
 
 
 def sample_ensemble(name, loss, n, sampler, s, g, take):
-    """Appendix A.4: what take() (L,) gives for each of M encoders, (M, L), the decoder at rest.
+    """Appendix A.4: take() (L,) of each of M encoders, (M, L). The decoder does not change.
 
     Returns it with the log (M, TERMS) of every member's last step.
     """
@@ -523,7 +523,7 @@ def sample_ensemble(name, loss, n, sampler, s, g, take):
 
 
 def simmer(name, loss, n, encoder, decoder, s, g, take=None):
-    """A work unit: an EAE by Algorithm 1, then its ensemble of take(), else of the weights."""
+    """A work unit: an EAE by Algorithm 1, then its ensemble of take(), by default the weights."""
     sampler = NoseHoover(encoder, s.T, dt=s.dt, tau=10 * s.dt, generator=g)
     with torch.no_grad():  # but for U in the sampler's steps
         log = algorithm_1(name, loss, n, decoder, sampler, s, g)
@@ -585,7 +585,7 @@ class Codes(NamedTuple):
     mean: torch.Tensor         # (n, D): of an image, over the encoders; of a VAE mu
     draw: torch.Tensor         # (n, D): image i under encoder i % M; of a VAE from q(z|x)
     variance: torch.Tensor     # (D,): over images and encoders; of a VAE mu's
-    motion: torch.Tensor       # (D,): its share by the motion of the encoders
+    motion: torch.Tensor       # (D,): the part of it that is due to the encoders' motion
 
 
 def digit_model(kind, unit, pixels, device):
@@ -637,9 +637,9 @@ def reconstruct(model, z):
 
 
 def rises(model, z, x):
-    """By what share the MSE of images x (n, pixels) rises when a unit of z is at its mean: (D,).
+    """(D,): the share by which the MSE of images x (n, pixels) rises with one unit at its mean.
 
-    It does not depend on the scale of the codes: is the unit in use by the decoder?
+    Does the decoder use the unit? Unlike the variance, the answer is free of the codes' scale.
     """
     mse = ((reconstruct(model, z) - x) ** 2).mean()
     rise = torch.zeros(z.shape[1], device=z.device)
@@ -911,6 +911,7 @@ def plot_histograms(codes, labels, units):
                                 color=common.COLOURS[digit % 2], zorder=-digit)
             ax.set_title(f"{kind}, unit {unit}: a = {code.variance[unit]:.2g}", fontsize="small")
             ax.set(yticks=range(10), xlabel="latent z")
+            ax.locator_params(axis="x", nbins=3)  # long numbers would run into each other
             if unit == units[0]:
                 ax.set_ylabel("digit")
     return fig
@@ -981,14 +982,15 @@ def plot_correlations(Xi):
 
 
 def plot_sweep(at, bayes):
-    """What T does to the EAE: {T or "AE" or "untrained": {measure: (runs,)}}."""
+    """What T does to the EAE: {"T 1e-09", ..., "AE", "untrained": {measure: (runs,)}}."""
     measures = {"mse": "test MSE", "active": f"active units of {LATENT}",
                 "in use": f"units in use of {LATENT}", "eta2": "η², mean of active units"}
     fig, axes = common.panels(1, 4, 3.5, 3.2)
     for ax, (key, title) in zip(axes, measures.items()):
-        found = torch.stack([at[T][key] for T in TEMPERATURES])  # (temperatures, runs)
-        ax.errorbar(TEMPERATURES, found.mean(1), found.std(1, correction=0), marker="o", ms=4,
-                    capsize=2, label="EAE, mean ± std of runs")
+        found = torch.stack([at[f"T {T:g}"][key] for T in TEMPERATURES])  # (temperatures, runs)
+        deviation = found.std(1, correction=min(1, found.shape[1] - 1))  # of one run: 0
+        ax.errorbar(TEMPERATURES, found.mean(1), deviation, marker="o", ms=4, capsize=2,
+                    label="EAE, mean ± std of runs")
         ax.axhline(at["AE"][key].mean(), color=common.COLOURS[2], ls="--",
                    label="AE, the limit T = 0")
         ax.axhline(at["untrained"][key].mean(), color="0.6", ls=":", label="untrained")
@@ -1066,25 +1068,21 @@ def wave_claims(found):
     others = [set(run["terms"]) - {"z1", "z2", "sin z1", "sin z2"} for run in found]
     union = set().union(*others)
     names = ", ".join(name for name in CANDIDATES if name in union)
-    inner, outer = found[0]["end radius"]
+    attract = [run["attractor"] for run in found]
     mixed = [run["minority"] for run in found]
-    rows = [holds("waves: only linear and sine terms are significant",
+    return [holds("waves: only linear and sine terms are significant",
                   [run["terms"] and not more for run, more in zip(found, others)],
                   f"others: {names or 'none'}", good),
-            common.reproduced("waves: rotation of the identified system, rad per time", OMEGA,
-                              [run["omega"] for run in found], 0.02 * OMEGA, earned=good),
-            holds("waves: it is an attractor: from 0.5 and 1.5 radii to 1",
-                  [run["attractor"] for run in found], f"{inner:.2g} and {outer:.2g}", good),
+            holds("waves: it is an attractor: from 0.5 and 1.5 radii to 1", attract,
+                  f"in {sum(attract)} of {len(found)} runs", good),
             holds("waves: both senses of rotation in an ensemble (above 5 %)",
                   [share > 0.05 for share in mixed], f"at most {max(mixed):.0%}", good)]
-    rows[1]["document"] = f"{OMEGA} (data)"
-    return rows
 
 
 def sweep_claims(at):
-    """What Section 3.3 says of T: at {T: {measure: (runs,)}}."""
-    hot, mild = at[TEMPERATURES[-1]], at[1e-7]
-    good = bool((mild["mse"] < 0.6 * mild["mean image"]).all())
+    """What Section 3.3 says of T: at {"T 1e-09", ...: {measure: (runs,)}}."""
+    mild, hot = at["T 1e-07"], at["T 0.001"]
+    good = learned(at, "T 1e-07")
     return [common.ordered("temperature: MSE at 1e-7 below 1e-3", mild["mse"], hot["mse"], good),
             common.ordered("temperature: variance of a unit at 1e-7 below 1e-3", mild["variance"],
                            hot["variance"], good),
@@ -1108,7 +1106,7 @@ def table_of(at, keys, head):
 
 
 def log_rows(name, log):
-    """metrics.csv: a log in at most 200 blocks of steps."""
+    """Rows of metrics.csv: means over at most 200 blocks of a log's steps."""
     rows = []
     terms = TERMS[:log.shape[1]]
     for block, values in enumerate(common.in_blocks(log, 200).tolist(), 1):
@@ -1130,40 +1128,56 @@ def thermometer_rows(eaes):
     return rows
 
 
-def digits(run, args, name, data):
-    """Section 4.2 on MNIST or Frey Faces: (results, claims, tables, units)."""
-    s = setting_of(args, name)
-    x, y, x_test, y_test = data
+def tasks_of(name, titles, seeds):
+    """{unit: (k, title)}: a work unit of every net `title` for the k-th of all seeds."""
     tasks = {}
-    for k in range(args.seeds):
-        for kind in KINDS:
-            tasks[f"{name}-{k + 1}-{kind}"] = k, kind
+    for k in range(seeds):
+        for title in titles:
+            tasks[f"{name}-{k + 1}-{title.replace(' ', '-')}"] = k, title
+    return tasks
+
+
+def compare(run, args, name, nets, data):
+    """Train and measure nets {title: (kind, Setting)} on images, from every seed.
+
+    Returns the units, {title: {measure: (runs,)}} with yardsticks, and the models of run 1.
+    """
+    x, _, x_test, _ = data
+    tasks = tasks_of(name, nets, args.seeds)
 
     def train_unit(unit):
-        k, kind = tasks[unit]
+        k, title = tasks[unit]
+        kind, s = nets[title]
         return train_digits(unit, kind, x, s, args.seed + k)
 
     units = run.units(list(tasks), train_unit)
     axes = principal_axes(x)
-    found = {kind: [] for kind in [*KINDS, "untrained"]}
+    found = {title: [] for title in [*nets, "untrained"]}
     models = {}
-    for unit, (k, kind) in tasks.items():
+    controls = tasks_of(name, ["untrained"], args.seeds)
+    for unit, (k, title) in (tasks | controls).items():
+        if unit in controls:
+            model = untrained_model(args.seed + k, x.shape[1], x.device)
+        else:
+            model = digit_model(nets[title][0], units[unit], x.shape[1], x.device)
+            models.setdefault(title, model)
         g = common.generator(args.seed + k, f"{name} evaluation", x.device)
-        model = digit_model(kind, units[unit], x.shape[1], x.device)
-        found[kind].append(measure_digits(model, data, axes, g))
-        if k == 0:
-            models[kind] = model
-    for k in range(args.seeds):
-        g = common.generator(args.seed + k, f"{name} evaluation", x.device)
-        model = untrained_model(args.seed + k, x.shape[1], x.device)
-        found["untrained"].append(measure_digits(model, data, axes, g))
-    at = {kind: common.over_repeats(measures) for kind, measures in found.items()}
+        found[title].append(measure_digits(model, data, axes, g))
+    at = {title: common.over_repeats(measures) for title, measures in found.items()}
     g = common.generator(args.seed, f"{name} yardsticks", x.device)
     for what, measures in yardsticks(x_test, axes, g).items():
         at[what] = common.over_repeats([measures] * args.seeds)
+    return units, at, models
 
+
+def digits(run, args, name, data):
+    """Section 4.2 on MNIST or Frey Faces: (results, claims, tables, units)."""
+    s = setting_of(args, name)
+    _, _, x_test, y_test = data
+    units, at, models = compare(run, args, name, {kind: (kind, s) for kind in KINDS}, data)
+    g = common.generator(args.seed, f"{name} figures", x_test.device)
     codes = {kind: codes_of(model, x_test, g) for kind, model in models.items()}
-    shown = torch.randperm(len(x_test), generator=g, device=x.device)[:16]
+    shown = torch.randperm(len(x_test), generator=g, device=x_test.device)[:16]
     sheet = {"test images": x_test[shown]}
     for kind, model in models.items():
         sheet[kind] = reconstruct(model, codes[kind].mean[shown])
@@ -1219,10 +1233,7 @@ def faces(run, args, name, data):
     temperatures = {"high T": HOT, "low T": low.T}
     x, _, x_test, _ = data
     x_test = x_test[:1000].float() / 255
-    tasks = {}
-    for k in range(args.seeds):
-        for title in temperatures:
-            tasks[f"{name}-{len(x)}-{k + 1}-{title.replace(' ', '-')}"] = k, title
+    tasks = tasks_of(f"{name}-{len(x)}", temperatures, args.seeds)
 
     def train_unit(unit):
         k, title = tasks[unit]
@@ -1289,10 +1300,10 @@ def train_waves(name, train_set, test_set, s, seed):
     return simmer(name, loss, len(x), encoder, decoder, s, g, take)
 
 
-def orbits(Xi, start, radii, turns):
-    """Paths (steps, R, 2) of systems Xi (R, 11, 2) from radii times their first codes start."""
+def orbits(Xi, start, turns):
+    """Paths (steps, R, 2) of systems Xi (R, 11, 2) from start (R, 2)."""
     steps = round(turns * 2 * math.pi / (OMEGA * FRAME))
-    return integrate(Xi, radii * start, FRAME, steps)
+    return integrate(Xi, start, FRAME, steps)
 
 
 def measure_ensemble(ensemble):
@@ -1300,17 +1311,18 @@ def measure_ensemble(ensemble):
     every = max(1, len(ensemble) // 100)
     Xi = ensemble[:, :22].view(-1, 11, 2)
     some, start = Xi[::every], ensemble[::every, 22:24]
-    omega = rotation_rate(orbits(some, start, 1.0, 3), FRAME)  # (R,): of whole turns
+    omega = rotation_rate(orbits(some, start, 3), FRAME)  # (R,): of whole turns
     finite = omega[omega.isfinite()]  # a path that leaves all bounds has no sense of rotation
     positive = int((finite > 0).sum())
     negative = int((finite < 0).sum())
-    paths, end_radius = {}, []
-    for radii in (0.5, 1.5):
-        path = orbits(some, start, radii, 14)
-        last_turn = path[-len(path) // 14:]
-        radius = ((last_turn ** 2).sum(2).mean(0) / 2).sqrt()  # (R,): of the codes it is 1
-        end_radius.append(radius.median().item())
-        paths[radii] = path[:, 0]
+    # from 0.5 and from 1.5 times the codes' radius, side by side
+    path = orbits(torch.cat([some, some]), torch.cat([0.5 * start, 1.5 * start]), 14)
+    last_turn = path[-len(path) // 14:]
+    radius = ((last_turn ** 2).sum(2).mean(0) / 2).sqrt()  # (2 R,): of the codes it is 1
+    radius = radius.nan_to_num(math.inf, math.inf)  # a median with one nan would be nan
+    inner, outer = radius.chunk(2)
+    end_radius = [inner.median().item(), outer.median().item()]
+    paths = {0.5: path[:, 0], 1.5: path[:, len(some)]}
     mean, mode, large = significant(Xi)
     terms = [name for name, one in zip(CANDIDATES, large.any(1)) if one]
     pair = torch.stack([Xi[:, 1, 0], Xi[:, 0, 1]])  # of z2 in dz1/dt, of z1 in dz2/dt
@@ -1360,27 +1372,29 @@ def waves(run, args, name, _):
                "Fig. 1a to c: test waves, run 1")
     ensembles = [units[unit]["ensemble"][:, :22].view(-1, 11, 2) for unit in names]
     run.figure(plot_dynamics(ensembles, z.cpu(), paths[0]), "1d_dynamics",
-               "Fig. 1d to f: the dynamics that the encoders see")
+               "Fig. 1d to f: the dynamics that the encoders identify")
     run.figure(plot_correlations(ensembles[0]), "4_correlations",
                "Fig. 4: correlations of the coefficients, run 1")
     beyond = "Beyond the document: waves, "
     told = dict(zip(names, found)) | {"untrained": control}
-    tables = {beyond + f"modes miss {data['missed']:.0e} of the squares": wave_rows(told),
+    tables = {beyond + f"the runs; {MODES} modes miss {data['missed']:.0e} of the squares":
+              wave_rows(told),
               beyond + "Table 4, mean; mode of run 1 beside the document's": table_4(found[0]),
               beyond + "the document's Table 4, integrated": integrated_table_4()}
     return {"runs": told, "missed": data["missed"]}, wave_claims(found), tables, units
 
 
 def wave_rows(told):
-    """A row for each run and for nets that are not trained."""
+    """A row for each run, for nets that are not trained, and the rate of the data."""
     rows = []
     for name, run in told.items():
         inner, outer = run["end radius"]
         rows.append({"EAE": name, "error of x": f"{run['error']:.3g}",
                      "error of dx/dt": f"{run['error of dx/dt']:.3g}",
                      "ω": f"{run['omega']:.4f}",
-                     "r": f"{run['correlation']:.2f}",
+                     "r of Fig. 1d": f"{run['correlation']:.2f}",
                      "from 0.5 radii": f"{inner:.2g}", "from 1.5": f"{outer:.2g}"})
+    rows.append({"EAE": "the data", "ω": f"{OMEGA}"})
     return rows
 
 
@@ -1400,16 +1414,17 @@ def table_4(run):
 
 def integrated_table_4():
     """Where the document's own coefficients lead: from (1, 0), after 100 units of time."""
+    Xi = torch.tensor([*TABLE_4.values()], dtype=torch.double).transpose(1, 2)  # (2, 11, 2)
+    start = torch.tensor([[1.0, 0.0], [1.0, 0.0]], dtype=torch.double)
+    path = integrate(Xi, start, FRAME, 2000)  # (2001, 2, 2)
+    omega = rotation_rate(path[-400:], FRAME)
     rows = []
-    for name, coefficients in TABLE_4.items():
-        Xi = torch.tensor(coefficients, dtype=torch.double).T  # (11, 2)
-        J = Xi[:2] + Xi[9:]  # at the origin sin z = z; (2, 2), transposed
+    for k, name in enumerate(TABLE_4):
+        J = Xi[k, :2] + Xi[k, 9:]  # at the origin sin z = z; (2, 2), transposed
         value = torch.linalg.eigvals(J)[0]
-        path = integrate(Xi[None], torch.tensor([[1.0, 0.0]], dtype=torch.double), FRAME, 2000)
-        omega = rotation_rate(path[-400:], FRAME).item()
         rows.append({"coefficients": name, "eigenvalues at 0":
                      f"{value.real:.3f} ± {abs(value.imag):.2f}i",
-                     "radius at the end": f"{path[-1].norm():.2g}", "ω": f"{omega:.2f}",
+                     "radius at the end": f"{path[-1, k].norm():.2g}", "ω": f"{omega[k]:.2f}",
                      "ω of the data": f"{OMEGA}"})
     return rows
 
@@ -1417,39 +1432,17 @@ def integrated_table_4():
 def sweep(run, args, name, data):
     """Section 3.3 in figures: EAEs over T, and the AE as the limit of T = 0."""
     s = setting_of(args, name)
-    x, _, x_test, _ = data
-    tasks = {}
-    for k in range(args.seeds):
-        tasks[f"sweep-{k + 1}-AE"] = k, "AE"
-        for T in TEMPERATURES:
-            tasks[f"sweep-{k + 1}-T-{T:g}"] = k, T
-
-    def train_unit(unit):
-        k, T = tasks[unit]
-        if T == "AE":
-            return train_digits(unit, "AE", x, s, args.seed + k)
-        return train_digits(unit, "EAE", x, s._replace(T=T), args.seed + k)
-
-    units = run.units(list(tasks), train_unit)
-    axes = principal_axes(x)
-    found = {key: [] for key in ["AE", *TEMPERATURES, "untrained"]}
-    for k in range(args.seeds):
-        tasks[f"untrained {k + 1}"] = k, "untrained"
-    for unit, (k, key) in tasks.items():
-        model = untrained_model(args.seed + k, x.shape[1], x.device)
-        if key != "untrained":
-            model = digit_model("EAE", units[unit], x.shape[1], x.device)  # or an AE: one encoder
-        g = common.generator(args.seed + k, "sweep evaluation", x.device)
-        measures = measure_digits(model, data, axes, g)
-        measures["mean image"] = pca_mse(axes, x_test, 0)
-        found[key].append(measures)
-    at = {key: common.over_repeats(measures) for key, measures in found.items()}
-    bayes = 1 / (len(x) * x.shape[1])  # U is a mean over images and pixels, the posterior a sum
+    nets = {"AE": ("AE", s)}
+    for T in TEMPERATURES:
+        nets[f"T {T:g}"] = "EAE", s._replace(T=T)
+    units, at, _ = compare(run, args, "sweep", nets, data)
+    n, pixels = data[0].shape
+    bayes = 1 / (n * pixels)  # U is a mean over images and pixels, the posterior a sum
     run.figure(plot_sweep(at, bayes), "temperature",
                f"{data_name(name, args.dataset)}: EAEs by temperature")
     columns = ["mse", "active", "in use", "variance", "motion", "eta2", "probe"]
     title = f"Beyond the document: EAEs by T; the Bayesian posterior has T = {bayes:.2g}"
-    return at, sweep_claims(at), {title: table_of(at, columns, "T")}, units
+    return at, sweep_claims(at), {title: table_of(at, columns, "net")}, units
 
 
 # --- main ----------------------------------------------------------------------------------------
@@ -1461,9 +1454,10 @@ EXPERIMENTS = {"mnist": digits, "frey": digits, "celeba": faces, "reaction-diffu
 def data_name(name, dataset):
     if name == "reaction-diffusion":
         return "simulated waves"
+    title = {"frey": "Frey Faces", "celeba": "CelebA"}.get(name, "MNIST")
     if dataset == "glyphs":
-        return f"glyphs in place of {name}"
-    return {"frey": "Frey Faces", "celeba": "CelebA"}.get(name, "MNIST")
+        return f"glyphs in place of {title}"
+    return title
 
 
 def arguments(argv=None):
@@ -1528,7 +1522,7 @@ def main(argv=None):
         for name, experiment in EXPERIMENTS.items():
             if name not in args.experiment:
                 continue
-            if name not in data:  # it finished in this folder before
+            if name not in data:  # an earlier command in this folder ran it
                 data[name] = load_data(args, name)
             results[name], claims, beyond, units = experiment(run, args, name, data[name])
             closing += claims
@@ -1536,8 +1530,8 @@ def main(argv=None):
             eaes = {unit: found for unit, found in units.items() if "at rest" in found}
             eaes = dict(list(eaes.items())[:7])  # the first ones, in figure and table
             run.figure(plot_training(eaes), f"{name}_training",
-                       f"{data_name(name, args.dataset)}: training of EAEs (Fig. 3a)")
-            tables[f"Beyond the document: {name}, temperatures in T"] = thermometer_rows(eaes)
+                       f"{data_name(name, args.dataset)}: training of EAEs, as Fig. 3a")
+            tables[f"Beyond the document: {name}, thermometers by T"] = thermometer_rows(eaes)
             for unit, found in units.items():
                 metrics += log_rows(unit, found["log"])
         judged = args.preset != "smoke" and args.seeds > 1  # something learned, a spread
