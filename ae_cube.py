@@ -569,8 +569,10 @@ def plot_rate_distortion(fits):
     snrs = range(26)
     for d in (4, 6, 8):
         mse = [linear_code_mse(snr, d) for snr in snrs]
-        left.plot([linear_code_bits(snr, d) for snr in snrs], mse, "--", color="grey", lw=0.8)
         right.plot([d * analytic_rate(snr) for snr in snrs], mse, "--", color=colours[d], lw=0.8)
+    bits_of_8 = [linear_code_bits(snr, 8) for snr in snrs]  # over bits, all d have the same curve
+    mse_of_8 = [linear_code_mse(snr, 8) for snr in snrs]
+    left.plot(bits_of_8, mse_of_8, "--", color="grey", lw=0.8)
     bits = torch.linspace(4, 14, 50)
     for ax in (left, right):
         ax.plot(bits, shannon_lower_bound(bits), "k", lw=1)
@@ -581,7 +583,7 @@ def plot_rate_distortion(fits):
         right.plot([], [], marker, color="grey", label=name)
     for d, colour in colours.items():
         right.plot([], [], color=colour, label=f"d = {d}")
-    right.plot([], [], "--", color="grey", lw=0.8, label="best linear code\n(I: upper bound)")
+    right.plot([], [], "--", color="grey", label="best linear code (left:\nat most these bits)")
     right.plot([], [], "k", lw=1, label="Shannon bound\n(high rate)")
     fig.legend(loc="outside right", fontsize="small")
     fig.set_figwidth(fig.get_figwidth() + 1.5)
@@ -621,7 +623,7 @@ def heat_map(ax, cells, measure, title):
     ax.set_xlabel("β, weight of the KL (left column: MMD alone, f4)")
     ax.set_ylabel("λ, weight of the MMD² (bottom row: KL alone)")
     ax.set_title(title, fontsize="medium")
-    ax.figure.colorbar(picture, ax=ax, ticks=[0.003, 0.01, 0.03, 0.1, 0.3, 1, 3],
+    ax.figure.colorbar(picture, ax=ax, ticks=[0.003, 0.01, 0.03, 0.1, 0.3, 1, 2, 5],
                        format="%g").minorticks_off()
     return picture
 
@@ -837,9 +839,7 @@ def units_of(args):
             for lam in LAMBDAS:
                 units[f"plane-lambda{lam}"] = [weighted(beta, lam) for beta in BETAS]
             continue
-        snrs = args.snr or SNRS[model]
-        if model == "f3":
-            snrs = SNRS[model]
+        snrs = args.snr if args.snr and model != "f3" else SNRS[model]
         for d in args.latent or SIZES[model]:
             units[f"{model}-d{d}"] = [row for snr in snrs for row in rows_of(model, snr, d)]
     return units
