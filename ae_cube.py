@@ -55,7 +55,7 @@ SIZES = {"f1": [6], "f2": [2, 4, 6, 8], "f2 on z": [6], "f2 few": [6], "f3": [6]
          "f5": [6]}
 HEADS = ["f1 held", "f2", "f3 β=0.1", "f4 standard", "f4 fitted", "f5 annealed"]  # of figures
 BETAS = [0, 0.001, 0.01, 0.1, 1, 10]  # the plane's weights of the KL
-LAMBDAS = [0, 0.1, 1, 10, 100]        # and of the MMD
+LAMBDAS = [0, 0.1, 1, 10, 100]        # and of the MMD; both 0: neither f4 nor KL alone
 LEAST = 1e-3                          # for the plane's logarithmic colours
 SEARCH_BETA = (1e-3, 10)              # where Optuna looks: the plane's inside
 SEARCH_LAMBDA = (1e-1, 100)
