@@ -142,8 +142,8 @@ def test_gap_is_of_the_final_net_on_its_own_points():
     """A few steps on many points overfit nothing; a net that knows 20 points by heart does."""
     row = Row("f1", 15, 6, stochastic=False)
     gaps = []
-    for steps, points in ((20, 20_000), (200, 20)):
-        args = SimpleNamespace(steps=steps, points=points, held_out=20_000, device="cpu")
+    for steps, points in ((20, 10_000), (100, 20)):
+        args = SimpleNamespace(steps=steps, points=points, held_out=10_000, device="cpu")
         (found,) = ae_cube.train_and_evaluate([row], [0], "gap", args, "selection")
         gaps.append(found["measures"]["gap"].item())
     assert abs(gaps[0]) < 0.04 and gaps[1] > 0.5
@@ -266,7 +266,7 @@ def test_null(kind, monkeypatch):
     monkeypatch.setattr(ae_cube, "claims", lambda at: seen.append(at) or [])
     monkeypatch.setattr(ae_cube, "LEARNING_RATE", 0.0)
     monkeypatch.setattr(ae_cube, "plot", lambda *rest: None)
-    ae_cube.main("--steps 1 --seeds 3 --held-out 300 --points 1000 --out run".split())
+    ae_cube.main("--steps 1 --seeds 3 --held-out 100 --points 300 --out run".split())
     verdicts = [row["verdict"] for row in claims(seen[0])]
     assert len(verdicts) == 25 and set(verdicts) <= {"no", "open", "worse", "differs"}
     monkeypatch.setattr(ae_cube, "learned", lambda measures: True)
