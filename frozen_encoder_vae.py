@@ -558,8 +558,7 @@ def frechet_distance(mean_a, A, mean_b, B):
 def judged(judge, x, real):
     """What the judge sees in images x (n, C, 32, 32), beside real: its moments of others.
 
-    read: the share in which it is sure of a digit; variation: the images' variance, summed
-    over pixels.
+    read: the share in which it is sure of a digit; variation: variance, summed over pixels.
     """
     features = torch.cat([judge[:-1](part) for part in x.split(1000)])  # (n, 84)
     p = judge[-1](features).softmax(1)  # (n, 10)
@@ -666,7 +665,7 @@ def real_unit(judge, net, x, x_test, samples):
         del row["pictures"]
         rows.append({"images": name} | {key: round(value, 3) for key, value in row.items()})
     error = reconstruction_error(mean, x_test).mean().item()
-    return {**real, "rows": rows, "mean image": error, "pictures": test[:20].cpu()}
+    return real | {"rows": rows, "mean image": error, "pictures": test[:20].cpu()}
 
 
 def predicted_rt(deviation, square, K, objective):
@@ -722,8 +721,7 @@ def anova(y, levels, terms, permutations, g):
         observed = ratio(reduced, projection, residual)
         permuted = ratio(reduced[orders], projection, residual)
         extreme = (permuted >= observed * (1 - 1e-9)).sum()
-        F_value = (observed * error_df / df).item()
-        table[term] = {"F": F_value, "df": df, "error df": error_df,
+        table[term] = {"F": (observed * error_df / df).item(), "df": df, "error df": error_df,
                        "p": (1 + extreme.item()) / (1 + permutations)}
     return table
 
@@ -1006,8 +1004,7 @@ def claims(at, document, earned, read, repeats):
             rows = [common.throughout(claim, rows, word)]
         table += rows
     if document is DOCUMENT:
-        seen = earned and (read or distance == "FID")
-        table += claims_about_samples(at, distance, seen)
+        table += claims_about_samples(at, distance, earned and (read or distance == "FID"))
         full, half = at["conv", "flow6", "L"]["seconds"], at["conv", "flow6", "PNL"]["seconds"]
         table.append(common.ordered("conv, flow6: PNL saves 15 % of the time", half,
                                     0.85 * full, document="16.5 %"))
@@ -1088,10 +1085,8 @@ def table_of(at, measure, theirs):
 
 def over_priors(at, measure):
     """{(layers, encoder): mean over the priors, of each seed (S,)}"""
-    found = {}
-    for layers, _, encoder in at:
-        found[layers, encoder] = mean_of(at, measure, [layers, encoder])
-    return found
+    pairs = dict.fromkeys((layers, encoder) for layers, _, encoder in at)
+    return {pair: mean_of(at, measure, pair) for pair in pairs}
 
 
 def anova_of_cells(cells, factors, terms, g):
@@ -1182,8 +1177,8 @@ def log_p_table(scores):
         if model.standardised:
             continue
         for prior, found in result["priors"].items():
-            row = table.setdefault((model.layers, prior),
-                                   {"layers": model.layers, "prior": prior})
+            head = {"layers": model.layers, "prior": prior}
+            row = table.setdefault((model.layers, prior), head)
             mean = found["log p of images"].mean()
             row[model.encoder] = f"{mean:.1f} ({found['bound']:.0f})"
     return list(table.values())
@@ -1205,10 +1200,10 @@ def tables_of(args, scores, at, codes, document, theirs, real):
         section = "Section 5.1"
         if document is SVHN:
             section = "Section 5.2"
-        tables[f"{section}: analyses of variance, p by permutation"] = analysis_table(
-            at, document, theirs, g)
-    tables[beyond + "RT of frozen encoders by the best diagonal map, untrained"] = (
-        predicted_table(at, codes, theirs, args.objective))
+        title = f"{section}: analyses of variance, p by permutation"
+        tables[title] = analysis_table(at, document, theirs, g)
+    title = "RT of frozen encoders by the best diagonal map, untrained"
+    tables[beyond + title] = predicted_table(at, codes, theirs, args.objective)
     tables[beyond + "it is the scale: distance (share read) by prior"] = scale_table(scores)
     title = "importance-sampled lower bound of log p(x) (that by q(z|x)), in nats"
     tables[beyond + title] = log_p_table(scores)
@@ -1290,8 +1285,7 @@ def arguments(argv=None):
     args.prior = args.prior or priors
     for flag, given, known in (("layers", args.layers, layers), ("prior", args.prior, priors)):
         if not set(given) <= set(known):
-            parser.error(f"argument --{flag}: {args.dataset} has {', '.join(known)} alone, as "
-                         "the document")
+            parser.error(f"argument --{flag}: {args.dataset} has {', '.join(known)} alone")
     return args
 
 
