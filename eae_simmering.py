@@ -173,7 +173,7 @@ def load_frey(folder):
         common.die(f"{path}: ff has the shape {tuple(x.shape)}, not 560 pixels by 100 or more")
     if x.max() > 1:
         x = x / 255
-    if x.min() < 0 or x.max() > 1:
+    if not 0 <= x.min() <= x.max() <= 1:  # nan is in no order
         common.die(f"{path}: pixels lie neither in [0, 1] nor in [0, 255]")
     return x[torch.randperm(len(x), generator=common.generator(0, "frey"))]
 
@@ -187,14 +187,14 @@ def load_celeba(folder, size):
     from PIL import Image
     from torchvision import datasets
     home = folder / "celeba"
-    paths = sorted(home.rglob("*.jpg"), key=lambda path: path.name)
+    paths = sorted(home.rglob("*.[jp][pn]g"), key=lambda path: path.name)
     if not paths:
         try:
             datasets.CelebA(folder, "all", download=True)  # into `home`
         except Exception as error:  # no network, no gdown, a quota: many kinds
             why = " ".join(str(error).split())[:120]
             common.die(f"cannot load celeba ({why}): put its aligned images into {home}")
-        paths = sorted(home.rglob("*.jpg"))
+        paths = sorted(home.rglob("*.[jp][pn]g"))
     if len(paths) < 100:
         common.die(f"{home}: {len(paths)} images are too few; 100 or more are needed")
     faces = []
