@@ -426,6 +426,7 @@ def train_and_evaluate(rows, seeds, name, args, points="held-out"):
         for m in range(r * len(seeds), (r + 1) * len(seeds)):
             weights.append({key: value[m].detach() for key, value in params.items()})
         one = evaluate_row(row, weights, seeds, args, points, training)
+        one["name"] = str(row)
         one["log"] = {term: common.in_blocks(values[:, r]) for term, values in log.items()}
         found.append(one)
     return found
@@ -521,7 +522,8 @@ def plot_clouds(fits, names, columns):
         ax.set_box_aspect((1, 1, 1), zoom=0.95)
     for face, label in enumerate(["-x", "+x", "-y", "+y", "-z", "+z"]):
         axes[0].scatter([], [], [], color=common.COLOURS[face], label=f"face {label}")
-    fig.legend(loc="outside lower center", ncols=6, fontsize="large", markerscale=1.5)
+    fig.legend(loc="outside lower center", ncols=min(6, 2 * columns), fontsize="large",
+               markerscale=1.5)
     return fig
 
 
@@ -642,7 +644,7 @@ def plot(run, fits, cells, trials):
     if heads:
         run.figure(plot_clouds(heads, ["x_hat", "generated"], len(heads)), "models",
                    "Reconstructions (top) and generated points (bottom)")
-        first = dict(list(heads.items())[:1])
+        first = {"held-out points": list(heads.values())[0]}
         run.figure(plot_clouds(first, ["x"], 1), "target", "Figure 1: targets")
     logs = {row.name: found["log"] for row, found in heads.items()}
     if "f2" in logs and "f5 annealed" in logs:
@@ -701,9 +703,9 @@ ORDERS = [
     Order("f4 generates better at d=8 than at 6", "f4 fitted, 15 dB, d=8", "f4 fitted, 15 dB, d=6"),
     Order("f4 generates better at d=8 than at 4", "f4 fitted, 15 dB, d=8", "f4 fitted, 15 dB, d=4"),
     Order("f4 generates better than f5 annealed", "f4 fitted, 15 dB, d=8",
-          "f5 annealed, 15 dB, d=6", document="2.98; 4.52"),
+          "f5 annealed, 15 dB, d=6", document="2.98 < 4.52"),
     Order("f5 annealed better than f5 Optuna", "f5 annealed, 15 dB, d=6", "f5 Optuna, 15 dB, d=6",
-          document="4.52; 7.05"),
+          document="4.52 < 7.05"),
     Order("no f5 of the plane beats f4", "best f4", "best f5"),
     Order("no f5 of the search beats f4", "best f4", "f5 tuned"),
     Order("f6 generates better than f4 at d=6", "f6, 15 dB, d=6", "f4 fitted, 15 dB, d=6",
@@ -812,7 +814,8 @@ def arguments(argv=None):
     parser, number = common.Parser(__doc__, PRESETS), common.number
     add = parser.add
     models = [*SNRS, "plane"]
-    add("--models", nargs="+", choices=models, default=models, help="models to train")
+    add("--models", nargs="+", choices=models, default=models, metavar="MODEL",
+        help=f"models to train, of {', '.join(models)}")
     add("--snr", nargs="+", type=number(float, -20, 60), metavar="DB",
         help="SNRs in dB in place of the models' own (f3, f6 and the plane keep theirs)")
     add("--latent", nargs="+", type=number(int, 1, 64), metavar="D",

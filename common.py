@@ -369,6 +369,8 @@ class Run:
                 die(f"cannot use the run folder {self.folder}: {error.strerror}")
             except SystemExit:
                 self.lock.close()
+                if not self.file.exists():  # no run's folder: leave it as it was
+                    (self.folder / ".lock").unlink(missing_ok=True)
                 raise
         self.wait()
         self.add_earlier_flags()
@@ -628,7 +630,8 @@ def ordered(claim, low, high, earned=True, document="yes"):
     """Row of a claim that the figures low lie below high, both repeats.
 
     "yes" or "no" where the mean difference, paired by repeat, is above two standard errors (the
-    number behind the means), else "open". earned: have the nets learned what a "yes" needs?
+    number behind the means), else "open". The side that is claimed to be less is shown first.
+    earned: have the nets learned what a "yes" needs?
     """
     low, high = torch.as_tensor(low).double(), torch.as_tensor(high).double()
     gap, error, verdict = high - low, math.inf, "open"
@@ -638,8 +641,14 @@ def ordered(claim, low, high, earned=True, document="yes"):
         verdict = "no"
     elif gap.mean() > 2 * error and earned:
         verdict = "yes"
-    here = f"{low.mean():.3g}; {high.mean():.3g} (± {error:.1g})"
-    return dict(claim=claim, document=document, here=here, verdict=verdict)
+    return dict(claim=claim, document=document, here=side_by_side(low, high, error),
+                verdict=verdict)
+
+
+def side_by_side(low, high, error):
+    """'0.14 < 0.71 (± 0.05)': the means of what is claimed to be less, and of the other."""
+    sign = "<" if low.mean() < high.mean() else ">"
+    return f"{low.mean():.3g} {sign} {high.mean():.3g} (± {error:.1g})"
 
 
 def throughout(claim, rows, document="yes"):
@@ -700,8 +709,10 @@ def images(dataset, train, folder, device="cpu"):
                 data = datasets.SVHN(folder / "SVHN", split=split, download=True)
                 x, y = torch.from_numpy(data.data), torch.from_numpy(data.labels)
     except Exception as error:  # no network, damaged file, read-only folder: many kinds
-        why = " ".join(str(error).split())[:120]
-        die(f"cannot load {dataset} ({why}): {remedy(dataset, folder)}, or use --dataset glyphs")
+        why = " ".join(str(error).split())[-90:]  # its end says why
+        instead = {"mnist": "glyphs", "svhn": "glyphs-rgb"}[dataset]
+        die(f"cannot load {dataset} (… {why}): {remedy(dataset, folder)}, or use --dataset "
+            f"{instead}")
     finally:
         socket.setdefaulttimeout(timeout)
         if dist.is_initialized() and dist.get_rank() == 0:

@@ -162,7 +162,8 @@ def load_frey(folder):
     from scipy.io import loadmat
     path = folder / "frey_rawface.mat"
     try:
-        x = torch.as_tensor(loadmat(path)["ff"]).float()  # (560, 1965)
+        with path.open("rb") as file:
+            x = torch.as_tensor(loadmat(file)["ff"]).float()  # (560, 1965)
     except Exception as error:  # missing, damaged, of another content: many kinds
         why = " ".join(str(error).split())[:120]
         common.die(f"cannot read {path} ({why}): it is published at "
@@ -193,7 +194,8 @@ def load_celeba(folder, size):
             datasets.CelebA(folder, "all", download=True)  # into `home`
         except Exception as error:  # no network, no gdown, a quota: many kinds
             why = " ".join(str(error).split())[:120]
-            common.die(f"cannot load celeba ({why}): put its aligned images into {home}")
+            common.die(f"cannot load celeba ({why}): put its aligned images into "
+                       f"{home / 'img_align_celeba'}")
         paths = sorted(home.rglob("*.[jp][pn]g"))
     if len(paths) < 100:
         common.die(f"{home}: {len(paths)} images are too few; 100 or more are needed")
@@ -1464,15 +1466,18 @@ def arguments(argv=None):
     parser, number = common.Parser(__doc__, PRESETS), common.number
     add = parser.add
     add("--experiment", nargs="+", choices=[*EXPERIMENTS, "all"], default=["mnist"],
-        help="what to run; all: everything that there is data for")
+        metavar="NAME", help=f"of {', '.join(EXPERIMENTS)}; all: all that there is data for")
     add("--dataset", choices=["real", "glyphs"],
         help="real: the experiments' own images; glyphs: digits drawn here in their place")
     add("--seeds", type=number(int, 1, 100), help="seeds, counted from --seed; 1: no verdicts")
     add("--temperature", type=number(float, 1e-15, 1e3), metavar="T",
-        help="T of the EAEs, in units of U (of celeba the low one)")
-    add("--step", type=number(float, 1e-9, 1e3), metavar="DT", help="time step of the sampler")
-    add("--updates", type=number(int, 1, 10**7), help="decoder updates")
-    add("--samples", type=number(int, 1, 10**7), help="encoders per update, K")
+        help="of the EAEs, in units of U (of celeba the low one), if not the experiment's own")
+    add("--step", type=number(float, 1e-9, 1e3), metavar="DT",
+        help="time step of the sampler, if not the experiment's own")
+    add("--updates", type=number(int, 1, 10**7),
+        help="decoder updates, if not the experiment's own")
+    add("--samples", type=number(int, 1, 10**7), metavar="K",
+        help="encoders of an update, if not the experiment's own")
     args = parser.parse(argv)
     if args.temperature and args.experiment == ["temperature"]:
         parser.error("argument --temperature: this experiment has its own temperatures")
@@ -1512,7 +1517,7 @@ def main(argv=None):
                     raise
                 common.note(f"note: {name} is left out")
     args.experiment = list(data)
-    label = f"seed {args.seed}"
+    label = f"seeds from {args.seed}"
     if args.dataset == "glyphs":
         label += ", glyphs for images"
     with common.Run(__file__, args, label, additive=["experiment", "seeds"]) as run, \

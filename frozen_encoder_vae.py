@@ -894,7 +894,7 @@ ORDERS = [  # sections 5.1 and 6
           [(["conv", "L"], ["fc", "L"]), (["conv", "PNL"], ["fc", "PNL"]),
            (["fc", "NL"], ["conv", "NL"]), (["fc", "RKS"], ["conv", "RKS"])]),
     Order("gap of negative ELBO: conv < fc", "gap of negative ELBO", chain("conv", "fc"),
-          "1.26; 12.0"),
+          "1.26 < 12.0"),
     Order("gap of negative ELBO: L, PNL < RKS, NL", "gap of negative ELBO",
           each_below(["L", "PNL"], ["RKS", "NL"])),
     Order("gap of RE: the same two", "gap of RE",
@@ -1265,9 +1265,12 @@ def arguments(argv=None):
     add = parser.add
     add("--dataset", choices=["mnist", "svhn", "glyphs", "glyphs-rgb"], default="mnist",
         help="mnist, svhn: real images; glyphs, glyphs-rgb: digits drawn here, offline")
-    add("--encoder", nargs="+", choices=ENCODERS, default=ENCODERS, help="all")
-    add("--layers", nargs="+", choices=LAYERS, help="all; of three colours: conv")
-    add("--prior", nargs="+", choices=list(PRIORS), help="all; of three colours: flow6")
+    add("--encoder", nargs="+", choices=ENCODERS, default=ENCODERS,
+        help="encoders to train")
+    add("--layers", nargs="+", choices=LAYERS,
+        help="nets to train, if not all (of three colours: conv)")
+    add("--prior", nargs="+", choices=list(PRIORS),
+        help="priors to train, if not all (of three colours: flow6)")
     add("--objective", choices=["as-published", "corrected"], default="as-published",
         help="the document's RT, or that of the evidence lower bound, without its figures")
     add("--epochs", type=number(int, 1, 10**5), help="passes over the training images")
@@ -1329,24 +1332,24 @@ def tasks_of(models, more, seeds):
     return tasks
 
 
-def training_part(args):
-    """The images that the seeds divide; too few of them are one line."""
+def both_parts(args):
+    """The images x that the seeds divide, and the judge's own (x, y); too few are one line."""
     n = args.train_images * 7 // 5
-    x, _ = load_data(args.dataset, True, n + args.test_images, args.data, args.device)
+    count = n + args.test_images
+    x, _ = load_data(args.dataset, True, count, args.data, args.device)
+    digits = load_data(args.dataset, False, count, args.data, args.device)
     if len(x) < n + 100:
         common.die(f"argument --train-images: {args.train_images}, and 0.4 of that for "
                    f"validation, leave less than 100 of {args.dataset}'s {len(x)} to test")
-    return x
+    return x, digits
 
 
-def judge_of(run, args, channels):
+def judge_of(run, args, digits, channels):
     """The judge, trained on images that no VAE sees."""
     g = common.generator(args.seed, "judge", args.device)
     torch.manual_seed(g.initial_seed())
     judge = Judge(channels).to(args.device)
-    images = args.train_images * 7 // 5 + args.test_images
-    x, y = load_data(args.dataset, False, images, args.data, args.device)
-    found = run.unit("judge", lambda: train_judge(judge, x, y, args.judge_steps, g))
+    found = run.unit("judge", lambda: train_judge(judge, *digits, args.judge_steps, g))
     judge.load_state_dict(found["weights"])
     return judge.requires_grad_(False)
 
@@ -1357,7 +1360,7 @@ def main(argv=None):
     net = None
     if args.fid:
         net = inception(args.device)
-    x = training_part(args)
+    x, digits = both_parts(args)
     channels = x.shape[1]
     document = DOCUMENT
     if channels == 3:
@@ -1371,7 +1374,7 @@ def main(argv=None):
         seeds = list(range(args.seed, args.seed + args.seeds))
         models, more = models_of(args)
         cells, tasks = cells_of(models, document), tasks_of(models, more, seeds)
-        judge = judge_of(run, args, channels)
+        judge = judge_of(run, args, digits, channels)
 
         def data(seed):
             return split(x, args.train_images, args.test_images, seed)

@@ -586,7 +586,7 @@ def sheet(ax, images, E, rows=(), columns=()):
         left, top = (SIDE + 2) * j, (SIDE + 2) * i
         right, bottom = left + SIDE + 1, top + SIDE + 1
         ax.plot([left, right, right, left, left], [top, top, bottom, bottom, top],
-                color=common.COLOURS[3], lw=1.5)
+                color="red", lw=1.5)
 
 
 def plot_generations(found):
@@ -705,7 +705,7 @@ def shares_ordered(claim, low, high, generations, earned, document="yes"):
         error = max(error, (high - low).std().item() / len(low) ** 0.5)
     if abs((high - low).mean()) <= 2 * error:
         row["verdict"] = "open"
-    row["here"] = f"{low.mean():.3g}; {high.mean():.3g} (± {error:.1g})"
+    row["here"] = common.side_by_side(low, high, error)
     return row
 
 
@@ -884,7 +884,7 @@ def arguments(argv=None):
         help="real digits; or drawn here, offline, without verdicts")
     add("--seeds", type=number(int, 1, 100), help="counted from --seed; 1: no verdicts")
     add("--train-steps", type=number(int, 1, 10**6), help=f"batches of {BATCH} images")
-    add("--generations", type=number(int, 20, 10**4), help="of a search; a multiple of 10")
+    add("--generations", type=number(int, 20, 10**4), help="digits that a search looks for; a multiple of 10")
     add("--steps", type=number(int, 1, 10**5), help="step limit of Algorithm 3")
     add("--sizes", nargs="+", type=number(int, 1, PIXELS), metavar="K",
         help="latent sizes of Figure 7 beside the document's 20")
