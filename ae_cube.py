@@ -521,9 +521,9 @@ def plot_clouds(fits, names, columns):
         ax.tick_params(labelsize=7, pad=-4)
         ax.set_box_aspect((1, 1, 1), zoom=0.95)
     for face, label in enumerate(["-x", "+x", "-y", "+y", "-z", "+z"]):
-        axes[0].scatter([], [], [], color=common.COLOURS[face], label=f"face {label}")
-    fig.legend(loc="outside lower center", ncols=min(6, 2 * columns), fontsize="large",
-               markerscale=1.5)
+        axes[0].scatter([], [], [], color=common.COLOURS[face], label=label)
+    fig.legend(title="face", loc="outside lower center", ncols=min(6, 3 * columns),
+               fontsize="large", markerscale=1.5, columnspacing=0.6, handletextpad=0)
     return fig
 
 
