@@ -1452,7 +1452,7 @@ def plot(run, nets, data, sets, energies, every, end, epochs, found):
     codes = {"VAE (second start)": found[f"codes {AGAIN}"],
              "autoencoder, λ = 0": found[f"codes {AUTOENCODER}"]}
     run.figure(plot_latent(codes, gamma), "latent",
-               f"Codes of the test set (epochs: {epochs}; the VAE is a second, shorter one)")
+               f"Codes of the test set; the VAE is not the main net (epochs of both: {epochs})")
     run.figure(plot_anomalies(found["anomalies"], gamma), "anomalies",
                "Sets that were not trained on")
     run.figure(plot_damage(test, found), "damage",
@@ -1522,10 +1522,8 @@ def main(argv=None):
 
         fitted = run.units(list(models), train_unit)
         nets = nets_of(models, fitted, args.seed, args.device)
-
         found = measure(nets, data, args.seed)
         plot(run, nets, data, sets, energies, every, args.sweeps, few, found)
-
         acceptance = {value: sampled[f"fluid-{value:g}"]["acceptance"] for value in GAMMAS}
         drifts = drifts_of(sets, energies)
         before = errors_after(0, models, fitted)
