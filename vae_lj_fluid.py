@@ -1089,16 +1089,16 @@ def fails(claim, one, known):
 def falls(claim, errors, apart, earned):
     """Row: errors {value: error} fall along the dict, each time by more than twice the
     difference between two equal nets. A single value says nothing: open."""
-    values = list(errors.values())
-    drops = -torch.tensor(values).diff()
+    drops = -torch.tensor(list(errors.values())).diff()
     verdict = "open"
     if earned and len(drops) > 0 and (drops > 2 * apart).all():
         verdict = "yes"
     elif (drops < -2 * apart).any():
         verdict = "no"
-    names = ", ".join(f"{key:.2g}" for key in errors)
-    here = ", ".join(f"{value:.4f}" for value in values)
-    return dict(claim=f"{claim}: {names}", document="yes", here=here, verdict=verdict)
+    keys = list(errors)
+    here = ", ".join(f"{value:.4f}" for value in errors.values())
+    claim = f"{claim} ({keys[0]:.2g} to {keys[-1]:.2g})"
+    return dict(claim=claim, document="yes", here=here, verdict=verdict)
 
 
 def settled(gamma, xy, long):
@@ -1203,8 +1203,8 @@ def claims_about_sweeps(errors, models, known):
         verdict = "yes"
     elif change - apart > 0.1 * ours:
         verdict = "no"
-    return [falls("lower MSE with larger D", sizes, apart, known),
-            falls("lower MSE with smaller λ", weights, apart, known),
+    return [falls("lower MSE at larger D", sizes, apart, known),
+            falls("lower MSE at smaller λ", weights, apart, known),
             dict(claim="deeper nets change the MSE by < 10 %", document="yes",
                  here=f"{ours:.4f}, {deep:.4f} (± {apart:.1g})", verdict=verdict)]
 

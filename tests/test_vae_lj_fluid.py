@@ -327,8 +327,7 @@ def test_smoke_writes_everything(smoke):
     epochs = {row["net"]: row["epochs"] for row in others[1]}
     assert epochs["distances-conv"] == epochs["grid-conv"] == epochs["distances-dense"] == 2
     assert epochs["distances-deep-conv"] == epochs["latent-5"] == 1 and epochs["grid, mean"] == ""
-    lines = (folder / "table.md").read_text().splitlines()[3:]
-    assert all(len(line) < 106 for line in lines), max(lines, key=len)
+    assert max(map(len, here)) <= 42  # the printed table has less than 100 columns
 
 
 def test_kill_and_continue_equals_an_undisturbed_run(smoke, monkeypatch):
