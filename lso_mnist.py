@@ -882,9 +882,11 @@ def arguments(argv=None):
     add = parser.add
     add("--dataset", choices=["mnist", "glyphs"], default="mnist",
         help="real digits; or drawn here, offline, without verdicts")
-    add("--seeds", type=number(int, 1, 100), help="counted from --seed; 1: no verdicts")
+    add("--seeds", type=number(int, 1, 100),
+        help="seeds, counted from --seed; 1: no verdicts")
     add("--train-steps", type=number(int, 1, 10**6), help=f"batches of {BATCH} images")
-    add("--generations", type=number(int, 20, 10**4), help="digits that a search looks for; a multiple of 10")
+    add("--generations", type=number(int, 20, 10**4),
+        help="digits that a search looks for; a multiple of 10")
     add("--steps", type=number(int, 1, 10**5), help="step limit of Algorithm 3")
     add("--sizes", nargs="+", type=number(int, 1, PIXELS), metavar="K",
         help="latent sizes of Figure 7 beside the document's 20")
