@@ -609,7 +609,7 @@ def heat_map(ax, cells, measure, title):
     """A measure of all cells, with the last weights of Table 5 marked."""
     means = torch.stack([found["measures"][measure].mean() for found in cells.values()])
     grid = means.clamp(min=LEAST).view(len(LAMBDAS), len(BETAS))
-    picture = ax.imshow(grid, norm="log", cmap="viridis_r", origin="lower", aspect="auto")
+    picture = ax.imshow(grid.numpy(), norm="log", cmap="viridis_r", origin="lower", aspect="auto")
     for i in range(len(LAMBDAS)):
         for j in range(len(BETAS)):
             dark = picture.norm(grid[i, j].item()) > 0.5

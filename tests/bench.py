@@ -1,4 +1,4 @@
-"""Speed and memory against plain baselines, by hand: `python tests/bench.py > .github/results/bench.md`.
+"""Speed and memory against plain baselines, by hand: `python tests/bench.py > bench.md`.
 
 A ratio is one time over another, taken in turn: median and range of five rounds. Where these range
 over a factor of two the machine is too noisy, and no figure is given. About five minutes.
@@ -69,7 +69,7 @@ def cube(model, steps=40):
                 ae_cube.train([row], [seed], "bench", steps, 5000)
 
     ratio("ae_cube", f"{len(rows) * 3} nets of {model}: one after another / side by side",
-          one_after_another, lambda: ae_cube.train(rows, [0, 1, 2], "bench", steps, 5000), "≥ 4 ×")
+          one_after_another, lambda: ae_cube.train(rows, range(3), "b", steps, 5000), "≥ 4 ×")
 
 
 def vae_epoch(layers, prior, goal, n=5000):

@@ -73,7 +73,8 @@ def test_generators_differ_by_seed_and_name_and_repeat():
     def draw(seed, name):
         return torch.rand(1, generator=common.generator(seed, name)).item()
 
-    assert draw(0, "f1") == draw(0, "f1") and len({draw(0, "f1"), draw(0, "f2"), draw(1, "f1")}) == 3
+    assert draw(0, "f1") == draw(0, "f1")
+    assert len({draw(0, "f1"), draw(0, "f2"), draw(1, "f1")}) == 3
 
 
 # --- streams ---
