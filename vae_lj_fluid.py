@@ -1279,7 +1279,7 @@ def claims_about_codes(found, known):
     axes.update(document="8-15 %", here=f"{100 * share:.1f} %")
     zero = ordered("zero is featureless (10 % of texture)", at_zero.expand_as(real), real / 10,
                    known)
-    zero["here"] = f"{at_zero.item():.3g}; {real.mean() / 10:.3g}"  # one matrix: no ±
+    zero["here"] = zero["here"].partition(" (±")[0]  # of a single matrix
     return [axes, zero,
             ordered("codes cluster by γ (untrained; trained)", found["clusters before"],
                     found["clusters"], known),
