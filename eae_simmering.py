@@ -956,7 +956,7 @@ def plot_dynamics(ensembles, z, paths):
     axes[1].set(title="d: the ensemble of run 1, z", xlabel="coefficient of z2 in dz1/dt",
                 ylabel="coefficient of z1 in dz2/dt")
     axes[0].legend(fontsize="x-small")
-    axes[2].plot(*z.T, ":", color="0.6", label="codes of the test frames")
+    axes[2].plot(*z.T, "k:", lw=1, zorder=3, label="codes of the test frames")
     for radii, path in paths.items():
         axes[2].plot(*path.T, lw=1, label=f"from {radii:g} times the first code")
     axes[2].set(title="e: run 1, integrated")

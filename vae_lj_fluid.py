@@ -10,7 +10,7 @@ A VAE learns the matrices of distances r_ij / (L sqrt 2), four gammas together:
 
     loss = MSE(x, x_hat) + lambda KL(q(z|x) || N(0, 1)), means over entries and dimensions
 
-    python vae_lj_fluid.py                       about 16 minutes on 2 CPU cores
+    python vae_lj_fluid.py                       about 14 minutes on 2 CPU cores
     python vae_lj_fluid.py --lambdas 0.000035    then another weight of the KL, same folder
     python vae_lj_fluid.py --sweeps 10000 --out out/settled   nearer to equilibrium
 
