@@ -6,7 +6,7 @@ put in a row. A random latent point v then moves until the classifier sees the d
 
     E(v) = sum_j (classifier(decoder(v))_j - onehot_j)^2, v <- v + D C / |D|^2, D = dE/dv
 
-    python lso_mnist.py                          3 seeds: about 3 minutes on 2 CPU cores
+    python lso_mnist.py                          3 seeds: about 2 minutes on 2 CPU cores
     python lso_mnist.py --dataset glyphs --out out/glyphs   offline, without verdicts
     torchrun --nproc_per_node 2 lso_mnist.py     the units shared by two processes
 
