@@ -928,7 +928,7 @@ def plot_waves(basis, norm, x, x_t, x_hat, x_hat_t, columns):
         fields = (coefficients * norm) @ basis  # (frames, n^2)
         for column, field in zip(columns, fields):
             ax, panel = axes[panel], panel + 1
-            shown = ax.imshow(field.view(PIXELS, PIXELS), cmap="RdBu_r", vmin=-1, vmax=1,
+            shown = ax.imshow(field.view(PIXELS, PIXELS).numpy(), cmap="RdBu_r", vmin=-1, vmax=1,
                               extent=(-10, 10, -10, 10), origin="lower")
             ax.set(xticks=[], yticks=[])
             if title == "u":
@@ -976,7 +976,7 @@ def plot_correlations(Xi):
     fig, (ax,) = common.panels(1, 1, 7.6, 6.6)
     names = [f"{name} in dz{d}/dt" for d in (1, 2) for name in CANDIDATES]
     values = torch.corrcoef(Xi.transpose(1, 2).flatten(1).T.double()).nan_to_num()  # (22, 22)
-    shown = ax.imshow(values, cmap="RdBu_r", vmin=-1, vmax=1)
+    shown = ax.imshow(values.numpy(), cmap="RdBu_r", vmin=-1, vmax=1)
     ax.set_xticks(range(22), names, rotation=90, fontsize="x-small")
     ax.set_yticks(range(22), names, fontsize="x-small")
     fig.colorbar(shown, label="correlation over the encoders", shrink=0.7)
