@@ -647,8 +647,13 @@ def ordered(claim, low, high, earned=True, document="yes"):
 
 def side_by_side(low, high, error):
     """'0.14 < 0.71 (± 0.05)': the means of what is claimed to be less, and of the other."""
-    sign = "<" if low.mean() < high.mean() else ">"
-    return f"{low.mean():.3g} {sign} {high.mean():.3g} (± {error:.1g})"
+    low, high = f"{low.mean():.3g}", f"{high.mean():.3g}"
+    sign = "="  # as printed
+    if float(low) < float(high):
+        sign = "<"
+    elif float(low) > float(high):
+        sign = ">"
+    return f"{low} {sign} {high} (± {error:.1g})"
 
 
 def throughout(claim, rows, document="yes"):

@@ -356,6 +356,8 @@ def test_orders_need_two_standard_errors_paired_by_repeat():
     assert verdict([1.0], [9.0]) == "open" and verdict([1.0, 1.0], [1.0, 1.0]) == "open"
     assert verdict(low, [float("nan")] * 3) != "yes"
     assert common.ordered("x", [1.0, 1.0], [2.0, 2.5])["here"] == "1 < 2.25 (± 0.2)"
+    assert common.ordered("x", [2.0, 2.5], [1.0, 1.0])["here"] == "2.25 > 1 (± 0.2)"
+    assert common.ordered("x", [1.0, 1.0], [1.0, 1.0])["here"] == "1 = 1 (± 0)"
 
 
 def test_a_claim_throughout():
